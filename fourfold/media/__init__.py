@@ -1,0 +1,1 @@
+"""Images, video and sound, decoded within limits and cut into patches."""

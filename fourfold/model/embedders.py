@@ -1,0 +1,72 @@
+"""Early fusion: patches of pixels, tubelets and sound frames become rows of the same width as token embeddings.
+
+There is no encoder: two linear maps with a nonlinearity between them, plus a linear map of where and when the
+patch was, trained with everything else from the first step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourfold.config import MediaConfig
+from fourfold.model.sequence import MODALITIES, NO_MARK, TEXT, Packed
+
+COORD_FREQUENCIES = 8  # per axis; sine and cosine of time, row and column: 48 features
+COORD_PERIODS = (2.0, 512.0)  # shortest and longest, in patches (time: in tenths of a second)
+
+
+def coord_features(coords: Tensor) -> Tensor:
+    """Sines and cosines of time, row and column. coords: [M, 3]. Returns [M, 6 * COORD_FREQUENCIES]."""
+    shortest, longest = COORD_PERIODS
+    steps = torch.linspace(0, 1, COORD_FREQUENCIES, device=coords.device, dtype=coords.dtype)
+    frequencies = 2 * math.pi / (shortest * (longest / shortest) ** steps)
+    units = coords * torch.tensor([10.0, 1.0, 1.0], device=coords.device, dtype=coords.dtype)
+    angles = (units[..., None] * frequencies).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Embedder(nn.Module):
+    """One modality."""
+
+    def __init__(self, features: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(features, hidden)
+        self.out_proj = nn.Linear(hidden, dim)
+        self.coord_proj = nn.Linear(6 * COORD_FREQUENCIES, dim, bias=False)
+        self.delimiters = nn.Parameter(torch.empty(3, dim))  # START, NEWLINE, END
+
+    def forward(self, values: Tensor, coords: Tensor) -> Tensor:
+        """values: [M, features]; coords: [M, 3]. Returns [M, d]."""
+        out: Tensor = self.out_proj(F.gelu(self.in_proj(values))) + self.coord_proj(coord_features(coords))
+        return out
+
+
+class MediaEmbedder(nn.Module):
+    """Writes the rows of all continuous positions over the token embeddings of their placeholders."""
+
+    def __init__(self, cfg: MediaConfig, dim: int) -> None:
+        super().__init__()
+        parts = {m: getattr(cfg, m) for m in cfg.modalities}
+        self.embedders = nn.ModuleDict({m: Embedder(part.features, cfg.hidden_size, dim) for m, part in parts.items()})
+
+    def forward(self, rows: Tensor, packed: Packed) -> Tensor:
+        """rows: [T, d], the embeddings of ``packed.tokens``. Returns [T, d].
+
+        Raises ValueError for a modality that this model does not have.
+        """
+        present = {MODALITIES[m] for m in packed.modality.unique().tolist() if m != TEXT}
+        if missing := present - set(self.embedders):
+            raise ValueError(f"modality: this model does not read {', '.join(sorted(missing))}")
+        for name in sorted(present):
+            embedder = self.embedders[name]
+            marked = (packed.modality == MODALITIES.index(name)) & (packed.marks != NO_MARK)
+            where = marked.nonzero()[:, 0]
+            rows = rows.index_copy(0, where, embedder.delimiters[packed.marks[where] - 1].to(rows.dtype))
+            if name in packed.patches:
+                patches = packed.patches[name]
+                rows = rows.index_copy(0, patches.index, embedder(patches.values, patches.coords).to(rows.dtype))
+        return rows

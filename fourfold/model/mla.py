@@ -1,0 +1,104 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1; spec 1.3), dense or over an indexer's selection.
+
+Two forms of one function: ``naive`` expands keys and values for every head (training, prefill), ``absorbed``
+folds the expansions into the query and the output and attends in latent space (decode). Both read and write
+the same cache entry: the normalised latent and one rotary key for all heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fourfold import ops
+from fourfold.config import ModelConfig
+from fourfold.model.cache import attention_width
+from fourfold.model.context import Context, Window
+from fourfold.model.indexer import Indexer, index_loss, index_recall, index_target
+from fourfold.model.norm import RMSNorm
+
+ABSORB_BELOW = 8  # queries per sequence; expanding all cached keys for fewer costs more than it saves
+
+
+class MLA(nn.Module):
+    def __init__(self, cfg: ModelConfig, cache_offset: int, indexer: Indexer | None) -> None:
+        super().__init__()
+        a = cfg.attention
+        self.cfg, self.mode, self.topk = a, cfg.indexer.mode, cfg.indexer.topk
+        self.cache_offset, self.cache_width = cache_offset, attention_width(cfg)
+        self.heads, self.query_dim = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
+        self.scale = self.query_dim**-0.5 * ops.yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
+        if a.q_lora_rank:
+            self.q_a_proj = nn.Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(a.q_lora_rank, cfg.rms_norm_eps)
+            self.q_b_proj = nn.Linear(a.q_lora_rank, self.heads * self.query_dim, bias=False)
+        else:
+            self.q_proj = nn.Linear(cfg.hidden_size, self.heads * self.query_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(cfg.hidden_size, self.cache_width, bias=False)
+        self.kv_a_layernorm = RMSNorm(a.kv_lora_rank, cfg.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(a.kv_lora_rank, self.heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * a.v_head_dim, cfg.hidden_size, bias=False)
+        self.indexer = indexer
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x: [T, d], normalised. Returns [T, d]."""
+        a = self.cfg
+        q_latent = self.q_a_layernorm(self.q_a_proj(x)) if a.q_lora_rank else x
+        q = (self.q_b_proj if a.q_lora_rank else self.q_proj)(q_latent).unflatten(-1, (self.heads, self.query_dim))
+        q_nope, q_rope = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
+        q_rope = ops.apply_rope(q_rope, ctx.cos, ctx.sin)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
+        entries = torch.cat([self.kv_a_layernorm(latent), ops.apply_rope(k_rope, ctx.cos, ctx.sin)], dim=-1)
+
+        if self.indexer is not None and self.mode != "dense":
+            ctx.selection = self.indexer(x, q_latent, ctx)
+        if ctx.cache is not None:
+            ctx.cache.write(self.cache_offset, entries)
+
+        out = entries.new_empty(len(x), self.heads * a.v_head_dim)
+        for number, window in enumerate(ctx.windows):
+            keys = entries[window.rows]
+            if ctx.cache is not None and window.sequences is not None:
+                keys = ctx.cache.read(window.sequences, window.visible.shape[-1], self.cache_offset, self.cache_width)
+                keys = keys.to(entries.dtype)
+            absorb = window.sequences is not None and window.rows.shape[1] < ABSORB_BELOW
+            attend = self.absorbed if absorb else self.naive
+            o = attend(q_nope[window.rows], q_rope[window.rows], keys, window, number, ctx)
+            out = out.index_copy(0, window.rows.flatten(), o.flatten(2).flatten(0, 1).to(out.dtype))
+        return self.o_proj(out)
+
+    def _chosen(self, window: Window, number: int, ctx: Context) -> Tensor:
+        if self.mode != "sparse" or ctx.selection is None:
+            return window.visible
+        return ctx.selection.chosen[number]
+
+    def naive(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context) -> Tensor:
+        """Keys and values expanded per head. q_*: [B, L, H, *]; keys: [B, S, R + dr]. Returns [B, L, H, dv]."""
+        a = self.cfg
+        latent, k_rope = keys.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
+        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1)
+        chosen = self._chosen(window, number, ctx)
+        if ctx.probe is not None:
+            ctx.probe.selected.setdefault(self.cache_offset // self.cache_width, []).append(chosen.detach())
+        if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None:
+            with torch.no_grad():
+                target = index_target(ops.attention_probs(q, k, chosen, self.scale))
+            ctx.index_losses.append(index_loss(target, ctx.selection.scores[number], chosen))
+            if self.mode == "warmup":  # later the attention itself sees nothing but the selection
+                ctx.index_recalls.append(index_recall(target, ctx.selection.chosen[number]))
+        return ops.attention(q, k, v, chosen, self.scale)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context) -> Tensor:
+        """The same in latent space: ``W_UK`` goes into the query, ``W_UV`` into the output; only chosen keys are read."""
+        a = self.cfg
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], dim=1)
+        q_latent = torch.einsum("blhn,hnr->blhr", q_nope, w_uk)
+        chosen = self._chosen(window, number, ctx)
+        if ctx.probe is not None:
+            ctx.probe.selected.setdefault(self.cache_offset // self.cache_width, []).append(chosen)
+        count = min(self.topk, chosen.shape[-1]) if self.mode == "sparse" else chosen.shape[-1]
+        valid, indices = chosen.to(torch.int8).topk(count, dim=-1)
+        o = ops.sparse_mla(q_latent, q_rope, keys, indices, valid.bool(), self.scale)
+        return torch.einsum("blhr,hvr->blhv", o, w_uv)

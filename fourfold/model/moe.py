@@ -1,0 +1,138 @@
+"""Feed-forward layers: the dense SwiGLU, and routed plus shared experts (DeepSeekMoE; spec 1.5).
+
+Balance comes without an auxiliary loss: a bias per expert (and per modality) shifts which experts are chosen,
+never how they are weighted, and is moved after each step towards the under-loaded ones (arXiv 2408.15664).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourfold import ops
+from fourfold.config import ModelConfig, MoEConfig
+from fourfold.model.context import Context
+from fourfold.model.probe import expert_load
+from fourfold.model.sequence import MODALITIES
+
+
+class MLP(nn.Module):
+    """``down(silu(gate x) * up x)``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x: [T, d]. Returns [T, d]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for each token and weighs them; float32 throughout."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg.moe
+        self.weight = nn.Parameter(torch.empty(cfg.moe.n_routed_experts, cfg.hidden_size))
+        self.register_buffer("bias", torch.zeros(cfg.moe.n_routed_experts))
+        if cfg.media.modalities:
+            self.register_buffer("media_bias", torch.zeros(len(MODALITIES) - 1, cfg.moe.n_routed_experts))
+        self.bias: Tensor
+        self.media_bias: Tensor
+
+    def selection_bias(self, modality: Tensor) -> Tensor:
+        """float32 [T, E]: the selection bias that belongs to each token's modality."""
+        if "media_bias" not in self._buffers:
+            return self.bias.expand(len(modality), -1)
+        return torch.cat([self.bias[None], self.media_bias])[modality]
+
+    def forward(self, x: Tensor, modality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, d]; modality: int64 [T]. Returns chosen experts int64 [T, K], their weights and all scores [T, E]."""
+        cfg = self.cfg
+        with ops.float32_island(x):
+            wide = ops.at_least_float32(x)
+            logits = F.linear(wide, self.weight.to(wide.dtype))
+        scores = score(logits, cfg.scoring_func)
+        indices = choose_experts(scores.detach() + self.selection_bias(modality), cfg)
+        weights = scores.gather(-1, indices)
+        if cfg.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return indices, weights * cfg.routed_scaling_factor, scores
+
+
+def score(logits: Tensor, scoring_func: str) -> Tensor:
+    """Router logits to positive scores."""
+    if scoring_func == "sigmoid":
+        return logits.sigmoid()
+    return logits.softmax(-1) if scoring_func == "softmax" else F.softplus(logits).sqrt()
+
+
+def choose_experts(biased: Tensor, cfg: MoEConfig) -> Tensor:
+    """The K best experts of the best groups. biased: [T, E]. Returns int64 [T, K].
+
+    A group is as good as its two best experts together (one, where it has one).
+    """
+    if cfg.n_group > 1:
+        groups = biased.unflatten(-1, (cfg.n_group, -1))
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(cfg.topk_group, dim=-1).indices
+        keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=biased.device).scatter(-1, best, True)
+        biased = groups.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
+    return biased.topk(cfg.num_experts_per_tok, dim=-1).indices
+
+
+class MoE(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        moe, d, width = cfg.moe, cfg.hidden_size, cfg.moe.moe_intermediate_size
+        self.cfg = moe
+        self.gate = Router(cfg)
+        self.gate_up_proj = nn.Parameter(torch.empty(moe.n_routed_experts, 2 * width, d))
+        self.down_proj = nn.Parameter(torch.empty(moe.n_routed_experts, d, width))
+        self.shared_experts = MLP(d, moe.n_shared_experts * width) if moe.n_shared_experts else None
+        self.name = ""  # set by the model: its key in telemetry
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x: [T, d]. Returns [T, d]."""
+        indices, weights, scores = self.gate(x, ctx.packed.modality)
+        if ctx.probe is not None:
+            ctx.probe.experts[len(ctx.probe.experts)] = indices.detach()
+        if self.training:
+            pairs = ctx.packed.modality[:, None] * self.cfg.n_routed_experts + indices
+            load = expert_load(pairs, len(MODALITIES) * self.cfg.n_routed_experts)
+            ctx.loads[self.name] = load.view(len(MODALITIES), -1)
+            ctx.balance_losses.append(sequence_balance_loss(scores, indices, ctx.packed.sequence_ids, len(ctx.packed.cu_seqlens) - 1))
+        dtype = ops.compute_dtype(x)
+        out = ops.experts(x.to(dtype), indices, weights, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
+        return out if self.shared_experts is None else out + self.shared_experts(x, ctx)
+
+
+def sequence_balance_loss(scores: Tensor, indices: Tensor, sequence_ids: Tensor, n_sequences: int) -> Tensor:
+    """``sum_i f_i P_i`` per sequence, averaged over sequences weighted by length (DeepSeek-V3, eq. 17-20).
+
+    scores: [T, E]; indices: int64 [T, K]; sequence_ids: int64 [T]. 1 when perfectly balanced.
+    """
+    experts, per_token = scores.shape[-1], indices.shape[-1]
+    share = scores / scores.sum(-1, keepdim=True)
+    lengths = torch.bincount(sequence_ids, minlength=n_sequences).clamp_min(1)[:, None]
+    used = torch.zeros_like(share).scatter_add(-1, indices, torch.ones_like(indices, dtype=share.dtype))
+    f = share.new_zeros(n_sequences, experts).index_add(0, sequence_ids, used) * experts / (per_token * lengths)
+    p = share.new_zeros(n_sequences, experts).index_add(0, sequence_ids, share) / lengths
+    return ((f.detach() * p).sum(-1) * lengths[:, 0]).sum() / lengths.sum()
+
+
+@torch.no_grad()
+def update_bias(router: Router, load: Tensor, speed: float) -> None:
+    """Moves each selection bias by ``speed`` towards balance. load: int64 [modalities, E], choices since the last call.
+
+    A modality that did not occur keeps its bias.
+    """
+    occurred = load.sum(-1, keepdim=True) > 0
+    step = speed * torch.sign(load.float().mean(-1, keepdim=True) - load.float()) * occurred
+    router.bias += step[0]
+    if "media_bias" in router._buffers:
+        router.media_bias += step[1:]

@@ -1,0 +1,38 @@
+"""Multi-token prediction: one more block that sees the next token and guesses the one after (spec 1.6, 4.6)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from fourfold.config import ModelConfig
+from fourfold.model.block import Block
+from fourfold.model.context import Context
+from fourfold.model.indexer import Indexer
+from fourfold.model.norm import RMSNorm
+from fourfold.model.residual import collapse
+
+
+class MTP(nn.Module):
+    """``e_proj(norm(emb[t+1])) + h_proj(norm(X_i[t]))`` for every stream, one routed block, its own collapse and norm.
+
+    Embedding and head are the trunk's.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        d = cfg.hidden_size
+        self.enorm, self.hnorm = RMSNorm(d, cfg.rms_norm_eps), RMSNorm(d, cfg.rms_norm_eps)
+        self.e_proj, self.h_proj = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        indexer = Indexer(cfg, cache_offset=0) if cfg.indexer.mode != "off" else None  # it runs without a cache
+        self.block = Block(cfg, cfg.num_hidden_layers, cache_offset=0, indexer=indexer)
+        self.collapse = collapse(cfg)
+        self.norm = RMSNorm(d, cfg.rms_norm_eps)
+
+    def forward(self, streams: Tensor, following: Tensor, ctx: Context) -> Tensor:
+        """streams: [T, n, d], out of the trunk; following: [T, d], embedding of the next token. Returns [T, d]."""
+        z = self.e_proj(self.enorm(following))[:, None] + self.h_proj(self.hnorm(streams))
+        own = dataclasses.replace(ctx, cache=None, probe=None, selection=None)
+        out: Tensor = self.norm(self.collapse(self.block(z, own)))
+        return out

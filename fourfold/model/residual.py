@@ -1,0 +1,105 @@
+"""Residual connections: plain, hyper-connections, and manifold-constrained hyper-connections (spec 2).
+
+The state is n parallel streams [T, n, d] (plain: n = 1). Each sub-layer reads one mixture of them and writes
+its output back to all, while the streams themselves are mixed by an n x n map, which mHC keeps doubly stochastic
+so that the product over all depth can neither grow nor vanish.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fourfold import ops
+from fourfold.config import ModelConfig
+from fourfold.model.context import Context
+
+
+class PlainResidual(nn.Module):
+    """``x + f(x)`` on a single stream."""
+
+    def forward(self, streams: Tensor, f: Callable[[Tensor], Tensor], ctx: Context) -> Tensor:
+        """streams: [T, 1, d]; f: [T, d] -> [T, d]."""
+        return streams + f(streams[:, 0])[:, None]
+
+
+class HyperConnection(nn.Module):
+    """One site of ``hc`` or ``mhc``. Starts near the plain residual: reads the mean, writes to all, mixes by about I."""
+
+    def __init__(self, cfg: ModelConfig, site: int) -> None:
+        super().__init__()
+        self.cfg, self.site, self.norm_eps = cfg.residual, site, cfg.rms_norm_eps
+        n = cfg.residual.hc_mult
+        self.fn = nn.Parameter(torch.empty(n * (n + 2), n * cfg.hidden_size))
+        self.base = nn.Parameter(torch.empty(n * (n + 2)))
+        self.scale = nn.Parameter(torch.empty(3))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        n, mhc = self.cfg.hc_mult, self.cfg.kind == "mhc"
+        nn.init.normal_(self.fn, std=std)
+        nn.init.constant_(self.scale, 0.01)
+        pre = torch.full((n,), -math.log(n - 1) if mhc and n > 1 else 1 / n)  # sigmoid(-ln(n - 1)) = 1 / n
+        post = torch.zeros(n) if mhc else torch.ones(n)  # 2 sigmoid(0) = 1
+        comb = torch.eye(n) * (6.0 if mhc else 1.0)
+        self.base.copy_(torch.cat([pre, post, comb.flatten()]))
+
+    def forward(self, streams: Tensor, f: Callable[[Tensor], Tensor], ctx: Context) -> Tensor:
+        """streams: [T, n, d]; f: [T, d] -> [T, d]."""
+        cfg = self.cfg
+        with ops.float32_island(streams):
+            pre, post, comb = ops.hyper_maps(
+                streams, self.fn, self.base, self.scale, cfg.kind == "mhc", cfg.hc_sinkhorn_iters, cfg.hc_eps, self.norm_eps
+            )
+            x = ops.read_streams(streams, pre)
+        if ctx.probe is not None:
+            ctx.probe.stream_maps[self.site] = comb.detach()
+        y = f(x)
+        with ops.float32_island(streams):
+            out: Tensor = ops.mix_streams(streams, y, post, comb)
+        return out
+
+
+class PlainCollapse(nn.Module):
+    """One stream is the hidden state."""
+
+    def forward(self, streams: Tensor) -> Tensor:
+        return streams[:, 0]
+
+
+class StreamCollapse(nn.Module):
+    """The gated sum of all streams before the final norm (``hc_head``)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        n = cfg.residual.hc_mult
+        self.eps, self.norm_eps = cfg.residual.hc_eps, cfg.rms_norm_eps
+        self.fn = nn.Parameter(torch.empty(n, n * cfg.hidden_size))
+        self.base = nn.Parameter(torch.empty(n))
+        self.scale = nn.Parameter(torch.empty(1))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        n = len(self.base)
+        nn.init.normal_(self.fn, std=std)
+        nn.init.constant_(self.scale, 0.01)
+        nn.init.constant_(self.base, -math.log(n - 1) if n > 1 else 0.0)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """streams: [T, n, d]. Returns [T, d]."""
+        with ops.float32_island(streams):
+            flat = ops.at_least_float32(streams).flatten(1)
+            mixed = (flat @ self.fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.norm_eps)
+            out: Tensor = ops.read_streams(streams, (mixed * self.scale + self.base).sigmoid() + self.eps)
+            return out
+
+
+def residual_site(cfg: ModelConfig, site: int) -> nn.Module:
+    return PlainResidual() if cfg.residual.kind == "plain" else HyperConnection(cfg, site)
+
+
+def collapse(cfg: ModelConfig) -> nn.Module:
+    return PlainCollapse() if cfg.residual.kind == "plain" else StreamCollapse(cfg)

@@ -1,0 +1,182 @@
+"""The model, top to bottom: embed -> [engram] -> block x n -> collapse streams -> norm -> head.
+
+Axes in comments: T packed positions, n residual streams, d hidden size, V vocabulary, N sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fourfold import ops
+from fourfold.config import ModelConfig
+from fourfold.model.block import Block
+from fourfold.model.cache import Cache, attention_width, indexer_layers
+from fourfold.model.context import Context, windows
+from fourfold.model.embedders import MediaEmbedder
+from fourfold.model.engram import Engram, TokenCompression
+from fourfold.model.indexer import Indexer
+from fourfold.model.mla import MLA
+from fourfold.model.moe import MoE
+from fourfold.model.mtp import MTP
+from fourfold.model.norm import RMSNorm
+from fourfold.model.probe import Probe
+from fourfold.model.residual import HyperConnection, StreamCollapse, collapse
+from fourfold.model.sequence import IGNORE, TEXT, Packed
+
+
+@dataclass
+class Output:
+    """Logits float32 [T, V] (or [N, V], [M, V]); while training also what the losses and the telemetry need.
+
+    mtp_logits: on request, of the positions t where t + 1 has a target: a guess of token t + 2, as
+    ``mtp_targets`` names them; index_loss: mean KL of the indexers;
+    balance_loss: mean sequence-wise balance; index_recall: mean share of attention mass selected;
+    loads: expert choices by MoE layer, int64 [modalities, E].
+    """
+
+    logits: Tensor
+    mtp_logits: Tensor | None = None
+    index_loss: Tensor | None = None
+    index_recall: Tensor | None = None
+    balance_loss: Tensor | None = None
+    loads: dict[str, Tensor] | None = None
+
+
+class Model(nn.Module):
+    """The decoder. An ordinary module; construct it under ``torch.device("meta")`` to count or to load into."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        owners = indexer_layers(cfg)
+        width = attention_width(cfg)
+        index_offset = cfg.num_hidden_layers * width
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.media = MediaEmbedder(cfg.media, cfg.hidden_size)
+        e = cfg.engram
+        self.engrams = nn.ModuleDict({str(layer): Engram(cfg, layer) for layer in e.layer_ids})
+        self.compression = (
+            TokenCompression(cfg.vocab_size, e.compressed_vocab_size or cfg.vocab_size, e.pad_token_id, e.max_ngram)
+            if e.layer_ids
+            else None
+        )
+        self.layers = nn.ModuleList()
+        for layer in range(cfg.num_hidden_layers):
+            indexer = Indexer(cfg, index_offset + owners.index(layer) * cfg.indexer.head_dim) if layer in owners else None
+            self.layers.append(Block(cfg, layer, layer * width, indexer))
+        self.collapse = collapse(cfg)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.mtp = MTP(cfg) if cfg.mtp.num_layers else None
+        for name, module in self.named_modules():
+            if isinstance(module, MoE):
+                module.name = name
+        if self.embed_tokens.weight.device.type != "meta":
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights of ``initializer_range``, smaller where a sub-layer writes to the residual; norms one."""
+        std = self.cfg.initializer_range
+        into_residual = std / (2 * self.cfg.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                nn.init.normal_(parameter, std=into_residual)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith(("norm.weight", "q_weight", "k_weight")):
+                nn.init.ones_(parameter)
+            elif name.endswith("conv.weight"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
+        for module in self.modules():
+            if isinstance(module, (HyperConnection, StreamCollapse)):
+                module.reset_parameters(std)
+            elif isinstance(module, Indexer):
+                nn.init.ones_(module.k_norm.weight)
+
+    def forward(
+        self, packed: Packed, cache: Cache | None = None, probe: Probe | None = None, logits: str = "all", mtp: bool = False
+    ) -> Output:
+        """Runs N sequences of T positions together; with a cache, they continue it and it grows.
+
+        logits: of "all" positions [T, V], of the "last" of each sequence [N, V], or of those with a "target" [M, V].
+        Raises CacheFull, or ValueError if a sequence outgrows ``max_position_embeddings`` or has a foreign modality.
+        """
+        ctx = self.context(packed, cache, probe)
+        streams = self.embed(packed)
+        grams = self.compression(ctx) if self.compression is not None else None
+        for layer, block in enumerate(self.layers):
+            if grams is not None and str(layer) in self.engrams:
+                streams = self.engrams[str(layer)](streams, grams, ctx)
+            streams = block(streams, ctx)
+        mtp_logits = self._mtp_logits(streams, ctx) if mtp and self.mtp is not None else None
+        if cache is not None:
+            cache.commit(self._history(packed))
+        if logits == "last":
+            streams = streams[packed.cu_seqlens[1:] - 1]
+        elif logits == "target":
+            streams = streams[packed.targets != IGNORE]
+        return Output(
+            logits=self.head(self.norm(self.collapse(streams))),
+            mtp_logits=mtp_logits,
+            index_loss=torch.stack(ctx.index_losses).mean() if ctx.index_losses else None,
+            index_recall=torch.stack(ctx.index_recalls).mean() if ctx.index_recalls else None,
+            balance_loss=torch.stack(ctx.balance_losses).mean() if ctx.balance_losses else None,
+            loads=ctx.loads or None,
+        )
+
+    def set_indexer_mode(self, mode: str) -> None:
+        """Switches between ``dense``, ``warmup`` and ``sparse``; a model without indexers has but ``dense``."""
+        if self.cfg.indexer.mode == "off":
+            return
+        self.cfg = self.cfg.replace(**{"indexer.mode": mode})
+        for module in self.modules():
+            if isinstance(module, MLA):
+                module.mode = mode
+
+    def embed(self, packed: Packed) -> Tensor:
+        """Every position's row, copied to all streams: [T, n, d]."""
+        rows = self.media(self.embed_tokens(packed.tokens), packed)
+        return rows[:, None].expand(-1, self.cfg.residual.streams, -1)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits in float32. hidden: [..., d], normalised."""
+        return ops.at_least_float32(self.lm_head(hidden))
+
+    def context(self, packed: Packed, cache: Cache | None, probe: Probe | None) -> Context:
+        cfg = self.cfg
+        if len(packed) and int(packed.positions.max()) >= cfg.max_position_embeddings:
+            raise ValueError(
+                f"positions: {int(packed.positions.max()) + 1} exceed max_position_embeddings ({cfg.max_position_embeddings})"
+            )
+        if cache is not None:
+            cache.begin(packed.cu_seqlens.diff().tolist())
+        a = cfg.attention
+        dim = a.qk_rope_head_dim if a.kind == "mla" else a.head_dim
+        frequencies = ops.rope_frequencies(dim, cfg.rope).to(packed.tokens.device)
+        cos, sin = ops.rope_tables(packed.positions, frequencies)
+        return Context(packed, windows(packed, cache), cos, sin, cache, probe)
+
+    def _mtp_logits(self, streams: Tensor, ctx: Context) -> Tensor:
+        assert self.mtp is not None
+        following = self.embed_tokens(ctx.packed.tokens.roll(-1))
+        hidden = self.mtp(streams, following, ctx)
+        return self.head(hidden[mtp_targets(ctx.packed) != IGNORE])
+
+    @staticmethod
+    def _history(packed: Packed) -> list[list[int]]:
+        ids = torch.where(packed.modality == TEXT, packed.tokens, -1).tolist()
+        bounds = packed.cu_seqlens.tolist()
+        return [ids[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def mtp_targets(packed: Packed) -> Tensor:
+    """int64 [T]: the token after the next, or ``IGNORE`` where that has no target or lies in another sequence."""
+    targets = packed.targets.roll(-1)
+    targets[packed.cu_seqlens[1:] - 1] = IGNORE
+    return targets

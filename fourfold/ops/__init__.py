@@ -1,0 +1,82 @@
+"""Pure tensor functions. Each has one reference; some devices have faster twins of the same signature.
+
+The twin is picked by the device of the first tensor. ``FOURFOLD_BACKEND=reference`` switches all twins off.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from fourfold.ops import reference
+from fourfold.ops.reference.norm import at_least_float32, compute_dtype, float32_island
+
+TWINS: dict[str, tuple[str, ...]] = {"cpu": ("attention", "experts", "hyper_maps", "mix_streams", "read_streams", "select_topk")}
+
+
+@cache
+def implementation(name: str, device: str, backend: str | None) -> Callable[..., Any]:
+    """The function that runs op ``name`` on ``device``; ``backend`` is the operator's override."""
+    if backend not in (None, "reference", *TWINS):
+        raise ValueError(f"FOURFOLD_BACKEND: {backend!r} is unknown; choose reference or one of {', '.join(TWINS)}")
+    chosen = backend or device
+    if name in TWINS.get(chosen, ()):
+        return getattr(importlib.import_module(f"fourfold.ops.{chosen}"), name)  # type: ignore[no-any-return]
+    return getattr(reference, name)  # type: ignore[no-any-return]
+
+
+def _dispatched(name: str) -> Callable[..., Any]:
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return implementation(name, x.device.type, os.environ.get("FOURFOLD_BACKEND"))(x, *args, **kwargs)
+
+    call.__name__ = name
+    call.__doc__ = getattr(reference, name).__doc__
+    return call
+
+
+attention = _dispatched("attention")
+experts = _dispatched("experts")
+select_topk = _dispatched("select_topk")
+hyper_maps = _dispatched("hyper_maps")
+read_streams = _dispatched("read_streams")
+mix_streams = _dispatched("mix_streams")
+
+from fourfold.ops.reference import (  # noqa: E402
+    apply_rope,
+    attention_probs,
+    index_scores,
+    ngram_rows,
+    rms_norm,
+    rope_frequencies,
+    rope_tables,
+    sinkhorn,
+    sparse_mla,
+    yarn_mscale,
+)
+
+__all__ = [
+    "TWINS",
+    "apply_rope",
+    "at_least_float32",
+    "attention",
+    "attention_probs",
+    "compute_dtype",
+    "experts",
+    "float32_island",
+    "hyper_maps",
+    "implementation",
+    "index_scores",
+    "mix_streams",
+    "ngram_rows",
+    "read_streams",
+    "rms_norm",
+    "rope_frequencies",
+    "rope_tables",
+    "select_topk",
+    "sinkhorn",
+    "sparse_mla",
+    "yarn_mscale",
+]

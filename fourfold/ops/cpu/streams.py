@@ -1,0 +1,115 @@
+"""Hyper-connections for long batches: one pass over the streams each way, compiled by Numba.
+
+The eager reference makes an [T, n, n, d] intermediate and eighty small operations for Sinkhorn; here each token's
+n x n map lives in registers. Short batches (decoding) and half types go to the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fourfold.ops import reference
+from fourfold.ops.reference.norm import at_least_float32
+
+LONG = 256  # tokens from which a compiled pass pays
+
+
+def _worth_compiling(x: Tensor) -> bool:
+    return len(x) >= LONG and x.dtype in (torch.float32, torch.float64)
+
+
+def _kernels() -> Any:
+    """Imported on first use: Numba takes a second that a server at rest need not spend."""
+    from fourfold.ops.cpu import stream_kernels
+
+    return stream_kernels
+
+
+class _Maps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, n: int, iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        total = len(hidden)
+        pre, post, comb = hidden.new_empty(total, n), hidden.new_empty(total, n), hidden.new_empty(total, n, n)
+        _kernels().maps(hidden.numpy(), pre.numpy(), post.numpy(), comb.numpy(), iterations, eps)
+        ctx.save_for_backward(hidden, pre, post)
+        ctx.n, ctx.iterations, ctx.eps = n, iterations, eps
+        return pre, post, comb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        hidden, pre, post = ctx.saved_tensors
+        out = torch.empty_like(hidden)
+        arrays = [g.contiguous().numpy() for g in grads]
+        _kernels().maps_backward(hidden.numpy(), pre.numpy(), post.numpy(), *arrays, out.numpy(), ctx.n, ctx.iterations, ctx.eps)
+        return out, None, None, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pre: Tensor) -> Tensor:
+        out = x.new_empty(len(x), x.shape[2])
+        _kernels().read(x.numpy(), pre.numpy(), out.numpy())
+        ctx.save_for_backward(x, pre)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, pre = ctx.saved_tensors
+        dx, dpre = torch.empty_like(x), torch.empty_like(pre)
+        _kernels().read_backward(x.numpy(), pre.numpy(), grads[0].contiguous().numpy(), dx.numpy(), dpre.numpy())
+        return dx, dpre
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        _kernels().mix(x.numpy(), y.numpy(), post.numpy(), comb.numpy(), out.numpy())
+        ctx.save_for_backward(x, y, post, comb)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        saved = ctx.saved_tensors
+        out = tuple(torch.empty_like(t) for t in saved)
+        arrays = [t.numpy() for t in (*saved, grads[0].contiguous(), *out)]
+        _kernels().mix_backward(*arrays)
+        dx, dy, dpost, dcomb = out
+        return dx, dy, dpost, dcomb
+
+
+def hyper_maps(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, doubly_stochastic: bool, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fourfold.ops.reference.hyper_maps`."""
+    if not (doubly_stochastic and _worth_compiling(x)):
+        return reference.hyper_maps(x, fn, base, scale, doubly_stochastic, iterations, eps, norm_eps)
+    n = x.shape[1]
+    flat = at_least_float32(x).flatten(1)
+    mixed = (flat @ fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    hidden = mixed * scale.repeat_interleave(torch.tensor([n, n, n * n])) + base
+    pre, post, comb = _Maps.apply(hidden.contiguous(), n, iterations, eps)
+    return pre, post, comb
+
+
+def read_streams(x: Tensor, pre: Tensor) -> Tensor:
+    """See :func:`fourfold.ops.reference.read_streams`."""
+    if not (_worth_compiling(x) and x.dtype == pre.dtype):
+        return reference.read_streams(x, pre)
+    out: Tensor = _Read.apply(x.contiguous(), pre.contiguous())
+    return out
+
+
+def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """See :func:`fourfold.ops.reference.mix_streams`."""
+    if not (_worth_compiling(x) and x.dtype == post.dtype):
+        return reference.mix_streams(x, y, post, comb)
+    out: Tensor = _Mix.apply(x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())
+    return out

@@ -1,0 +1,52 @@
+"""Rotary position embedding in both layouts, and YaRN (arXiv 2309.00071; spec 1.4)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fourfold.config import RopeConfig
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """``0.1 * mscale * ln(factor) + 1``: how much an extension sharpens attention; 1 without one."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_frequencies(dim: int, rope: RopeConfig) -> Tensor:
+    """Angular frequencies, float32 [dim/2]; under YaRN the slow ones are divided by ``factor``."""
+    pairs = torch.arange(dim // 2, dtype=torch.float32)
+    frequencies = rope.theta ** (-2 * pairs / dim)
+    if rope.factor <= 1:
+        return frequencies
+
+    def pair_turning(rotations: float) -> float:
+        """The (fractional) pair that turns this often within the original context."""
+        return dim * math.log(rope.original_max_position_embeddings / (2 * math.pi * rotations)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(pair_turning(rope.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(rope.beta_slow)), dim - 1)
+    ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+
+
+def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [T, dim/2] each, of ``positions`` [T] times ``frequencies`` [dim/2]."""
+    angles = positions[:, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """Rotates the last axis of x.
+
+    x: [T, ..., dim]; cos, sin: [T, dim/2]. ``interleaved`` pairs are (0, 1), (2, 3), ...; otherwise
+    pair i is (i, i + dim/2). The layout of the result is that of x, so keys may be cached.
+    """
+    shape = (len(cos),) + (1,) * (x.dim() - 2) + (cos.shape[-1],)
+    cos, sin = cos.view(shape), sin.view(shape)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    rotated = (first * cos - second * sin, first * sin + second * cos)
+    joined = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+    return joined.to(x.dtype)

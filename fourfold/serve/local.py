@@ -1,0 +1,150 @@
+"""A model in this process: what ``fourfold.load`` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourfold.config import MediaConfig
+from fourfold.media.audio import decode_audio
+from fourfold.media.image import decode_image
+from fourfold.media.limits import Limits, MediaError
+from fourfold.media.video import decode_video
+from fourfold.model.sequence import Document, pack
+from fourfold.model.transformer import Model
+from fourfold.serve.engine import Engine
+from fourfold.serve.request import Delta, Finished, Request, Sampling
+from fourfold.text.chat import Media, Message
+from fourfold.text.tokenizer import Tokenizer
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+# A file, its bytes, or what it decodes to: an image, a sound, or (frames, seconds, sound) of a video.
+Source = str | Path | bytes | np.ndarray | tuple
+
+
+def decode_media(modality: str, source: Source, config: MediaConfig, mime: str | None = None) -> Media:
+    """A file, its bytes (called ``mime`` by the sender), or decoded input, as an input of the model.
+
+    Raises MediaError if the model lacks the modality or the content cannot be decoded within the limits.
+    """
+    if modality not in config.modalities:
+        raise MediaError(f"{modality}: this model takes only {', '.join(('text', *config.modalities))}")
+    if isinstance(source, (np.ndarray, tuple)):
+        return Media(modality, source)
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    limits = Limits.of(config)
+    if modality == "image":
+        return Media("image", np.asarray(decode_image(data, limits, mime)))
+    if modality == "video":
+        return Media("video", decode_video(data, limits, mime))
+    assert config.audio is not None
+    return Media("audio", decode_audio(data, config.audio.sample_rate, config.audio.max_seconds, limits, mime))
+
+
+class LocalModel:
+    """Model, tokenizer and config, with an engine that starts at the first ``generate``."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config = model.cfg
+
+    @classmethod
+    def load(cls, name: str | Path, dtype: str | torch.dtype | None = None) -> LocalModel:
+        """The bundled model called ``name``, or the one in the directory ``name``, in ``dtype`` (None: as stored).
+
+        Raises ValueError if there is none, or if ``dtype`` is no type of floating-point numbers.
+        """
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype: is {dtype!r}; choose one of {', '.join(DTYPES)}")
+            dtype = DTYPES[dtype]
+        from fourfold.weights.checkpoint import load_model, resolve
+
+        return cls(*load_model(resolve(str(name)), dtype))
+
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.model, self.tokenizer)
+
+    def close(self) -> None:
+        """Ends the engine's thread, if it was started."""
+        if "engine" in self.__dict__:
+            self.engine.close()
+            del self.__dict__["engine"]
+
+    @overload
+    def generate(self, prompt: str | Sequence[Message], *, stream: Literal[False] = False, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: str | Sequence[Message], *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+    def generate(self, prompt: str | Sequence[Message], *, stream: bool = False, **options: Any) -> str | Iterator[str]:
+        """The answer to a question or a conversation, whole or (``stream``) in pieces; options as :meth:`events`."""
+        text = (e.text for e in self.events(prompt, **options) if isinstance(e, Delta) and e.kind == "content")
+        return text if stream else "".join(text)
+
+    def events(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        images: Iterable[Source] = (),
+        audios: Iterable[Source] = (),
+        videos: Iterable[Source] = (),
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        thinking: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Iterator[Delta | Finished]:
+        """As :meth:`generate`, but also the reasoning, the tool calls and, at the end, the usage.
+
+        A prompt that is text is one user message, its media before the text. Raises ValueError on bad input.
+        """
+        media = [
+            decode_media(modality, source, self.config.media)
+            for modality, sources in (("image", images), ("audio", audios), ("video", videos))
+            for source in sources
+        ]
+        if isinstance(prompt, str):
+            prompt = [Message("user", [*media, prompt])]
+        elif media:
+            raise ValueError("images, audios, videos: put them into the content of the messages")
+        document = self.engine.encode(list(prompt), tools, thinking)
+        request = Request(
+            document, Sampling(temperature, top_p, top_k, seed), max_tokens, tuple(stop), thinking, tools=bool(tools)
+        )
+        handle = self.engine.submit(request)
+
+        def events() -> Iterator[Delta | Finished]:
+            try:
+                yield from handle
+            finally:
+                handle.cancel()  # the caller stopped listening
+
+        return events()
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """float32 [T, vocab]: for each of T text tokens, the logits of the token after it. Scores one sequence."""
+        if not 1 <= len(ids) <= self.config.max_position_embeddings:
+            raise ValueError(f"ids: has {len(ids)} tokens; must have 1 to {self.config.max_position_embeddings}")
+        if not all(0 <= id < self.config.vocab_size for id in ids):
+            raise ValueError(f"ids: must be between 0 and {self.config.vocab_size - 1}")
+        device = next(self.model.parameters()).device
+        return self.model(pack([Document.text(ids)]).to(device)).logits.float().cpu()

@@ -1,0 +1,103 @@
+"""Reuse of cached pages between requests that begin alike.
+
+A page is known by a chain of hashes: over the salt, over every page before it and over all that the model
+sees at its own positions. So equal keys mean equal cache contents, and a key can be looked up without
+comparing anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+import torch
+
+from fourfold.model.cache import PagePool
+from fourfold.model.sequence import MODALITIES, Document
+
+
+def root_key(salt: str) -> bytes:
+    """The start of a chain; requests with different salts never share a page."""
+    return hashlib.sha256(salt.encode()).digest()
+
+
+def page_key(previous: bytes, page: Document) -> bytes:
+    """The key of the page that holds ``page`` after the pages that ``previous`` stands for."""
+    digest = hashlib.sha256(previous)
+    for part in (page.tokens, page.modality, page.marks):
+        digest.update(part.numpy().tobytes())
+    for name in MODALITIES[1:]:
+        if name in page.patches:
+            patches = page.patches[name]
+            digest.update(f"{name} {len(patches.index)} ".encode())
+            for part in (patches.index, patches.values, patches.coords):
+                digest.update(part.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def extend_with_text(document: Document, ids: list[int]) -> Document:
+    """``document`` followed by text tokens (without targets: nothing is learnt from it here)."""
+    tail = Document.text(ids)
+    join = [torch.cat(pair) for pair in zip(_axes(document), _axes(tail), strict=True)]
+    return Document(*join, document.patches)
+
+
+def _axes(document: Document) -> tuple[torch.Tensor, ...]:
+    return document.tokens, document.modality, document.marks, document.targets
+
+
+def references(pool: PagePool, page: int) -> int:
+    """How many holders a page has."""
+    return pool._references[page]
+
+
+class PrefixStore:
+    """Full pages that outlive their requests, the least recently used given up first.
+
+    The store holds one reference to each page. A page that requests use as well is never given up.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._pages: OrderedDict[bytes, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    @property
+    def evictable(self) -> int:
+        """Pages that only the store holds."""
+        return sum(references(self._pool, page) == 1 for page in self._pages.values())
+
+    def get(self, key: bytes) -> int | None:
+        """The page with this key; the caller must retain it before anything else is evicted."""
+        page = self._pages.get(key)
+        if page is not None:
+            self._pages.move_to_end(key)
+        return page
+
+    def put(self, key: bytes, page: int) -> None:
+        if key not in self._pages:
+            self._pool.retain([page])
+            self._pages[key] = page
+
+    def touch(self, keys: list[bytes]) -> None:
+        """Marks a chain as used just now, its end as older than its beginning: ends are given up first."""
+        for key in reversed(keys):
+            if key in self._pages:
+                self._pages.move_to_end(key)
+
+    def make_room(self, pages: int) -> None:
+        """Gives pages up until the pool has ``pages`` free ones, or none is left to give."""
+        if self._pool.free >= pages:
+            return
+        for key, page in list(self._pages.items()):
+            if references(self._pool, page) == 1:
+                del self._pages[key]
+                self._pool.release([page])
+                if self._pool.free >= pages:
+                    return
+
+    def clear(self) -> None:
+        self._pool.release(list(self._pages.values()))
+        self._pages.clear()

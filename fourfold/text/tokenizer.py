@@ -1,0 +1,167 @@
+"""Byte-level BPE. What a user writes never becomes a special token: those enter by id alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+SPECIALS = (
+    "<|bos|>",
+    "<|eos|>",
+    "<|pad|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<think>",
+    "</think>",
+    "<|tools|>",
+    "</|tools|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|image|>",
+    "<|video|>",
+    "<|audio|>",
+)
+
+# One digit; a word with the space or sign before it; signs; line ends; spaces.
+WORDS = (
+    r"\p{N}|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file, text or token that cannot be used; the message names it."""
+
+
+class Tokenizer:
+    """A ``tokenizer.json`` whose decoder is byte-level; ``vocab_size`` is its largest id + 1."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        description = json.loads(backend.to_str())
+        if "ByteLevel" not in json.dumps(description["decoder"]):
+            raise TokenizerError("tokenizer: its decoder must be ByteLevel")
+        self.backend = backend
+        # Encoding goes through a twin that knows no added token, so none can be injected by text.
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**description, "added_tokens": []}))
+        for twin in (self.backend, self._plain):
+            twin.no_padding()
+            twin.no_truncation()
+        self._added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+        self._special_ids = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @staticmethod
+    def load(path: str | Path) -> Tokenizer:
+        """Reads ``tokenizer.json``; raises :class:`TokenizerError` if it is missing or no byte-level tokenizer."""
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises plain Exception
+            raise TokenizerError(f"tokenizer {path}: {error}") from error
+        return Tokenizer(backend)
+
+    def save(self, path: str | Path) -> None:
+        self.backend.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, in which names of special tokens are plain text.
+
+        Raises :class:`TokenizerError` on a lone surrogate.
+        """
+        try:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise TokenizerError("text: must be a string without lone surrogates") from error
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of ``ids``; broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def special(self, name: str) -> int:
+        """The id of a token such as ``<|eos|>``; raises :class:`TokenizerError` if there is none of that name."""
+        if name not in self._added:
+            raise TokenizerError(f"special token {name!r} is not in the tokenizer")
+        return self._added[name]
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for: perhaps a part of a character, nothing for an unknown id."""
+        text = self.backend.id_to_token(token) or ""
+        if token not in self._special_ids:
+            try:
+                return bytes(_byte_of()[letter] for letter in text)
+            except KeyError:  # an added token is written as it is read
+                pass
+        return text.encode()
+
+
+@lru_cache(maxsize=1)
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one printable letter; this is the way back."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learns merges from ``texts``: :data:`SPECIALS` first, then the 256 bytes, then merges up to ``vocab_size``.
+
+    Fewer ids come out if the texts hold too few pairs. Raises :class:`TokenizerError` below 272.
+    """
+    smallest = len(SPECIALS) + 256
+    if vocab_size < smallest:
+        raise TokenizerError(f"vocab_size: is {vocab_size}, must be at least {smallest}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def compress_vocabulary(tokenizer: Tokenizer) -> list[int]:
+    """Token id -> compressed id: tokens that read alike but for case, accents and spacing share one (spec 3.1).
+
+    Compressed ids count up in order of first appearance; their number is ``max(result) + 1``.
+    """
+    lone_space = "\ue000"  # keeps a token that is one space from being stripped to nothing
+    normaliser = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(tokenizers.Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(tokenizers.Regex(r"^ $"), lone_space),
+            normalizers.Strip(),
+            normalizers.Replace(lone_space, " "),
+        ]
+    )
+    numbers: dict[str, int] = {}
+    compressed = []
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.decode([token], skip_special=False)
+        if "\ufffd" in text:
+            key = tokenizer.backend.id_to_token(token) or text
+        else:
+            key = normaliser.normalize_str(text) or text
+        compressed.append(numbers.setdefault(key, len(numbers)))
+    return compressed

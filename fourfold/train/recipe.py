@@ -1,0 +1,116 @@
+"""A recipe: everything that decides a training run, read from TOML."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fourfold.config import ConfigError, ModelConfig, from_dict, parse_override
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run. ``indexer``: its mode (spec of the indexer); ``mtp``: weight of the MTP loss."""
+
+    steps: int
+    indexer: str = "dense"
+    mtp: float = 0.0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, with a linear warm-up, a constant stretch and a linear decay over the last ``decay_share`` of all steps."""
+
+    lr: float = 3e-3
+    lr_end: float = 1e-4
+    warmup_steps: int = 100
+    decay_share: float = 0.5
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    engram_lr_scale: float = 5.0
+    indexer_lr: float = 1e-3
+    clip: float = 1.0
+
+    def lr_scale(self, step: int, steps: int) -> float:
+        """What the learning rates are multiplied by at ``step`` of ``steps``."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        decay_steps = max(1, int(steps * self.decay_share))
+        left = min(1.0, (steps - step) / decay_steps)
+        end = self.lr_end / self.lr
+        return warm * (end + (1 - end) * left)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``model``: dotted overrides of the preset; ``weights``: skill -> share of documents (data.mixture)."""
+
+    out: str
+    phases: tuple[Phase, ...]
+    weights: dict[str, float]
+    preset: str = "nano"
+    model: dict[str, Any] = field(default_factory=dict)
+    corpus: str = ""  # directory of the built data; empty: the default place
+    tokenizer: str = ""  # tokenizer.json; empty: trained on the corpus
+    seed: int = 0
+    row: int = 512
+    rows: int = 8
+    bf16: bool = True
+    balance_weight: float = 1e-4
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def __post_init__(self) -> None:
+        for name in ("row", "rows", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1")
+        if not self.phases:
+            raise ConfigError("phases: there must be at least one")
+
+    @property
+    def steps(self) -> int:
+        return sum(p.steps for p in self.phases)
+
+    def phase(self, step: int) -> Phase:
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        return self.phases[-1]
+
+    def config(self) -> ModelConfig:
+        return ModelConfig.preset(self.preset, **dict(_dotted(self.model)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def load(path: Path, overrides: list[str]) -> Recipe:
+        """Reads TOML and applies ``key=value`` overrides, e.g. ``model.residual.kind=plain``.
+
+        Raises ConfigError, which names the field.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"recipe: {path} cannot be read: {error}") from None
+        for text in overrides:
+            key, value = parse_override(text)
+            *parents, last = key.split(".")
+            target = values
+            for part in parents:
+                target = target.setdefault(part, {})
+                if not isinstance(target, dict):
+                    raise ConfigError(f"{key}: {part} is not a table")
+            target[last] = value
+        return from_dict(Recipe, values)
+
+
+def _dotted(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in table.items():
+        pairs += _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs

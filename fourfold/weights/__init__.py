@@ -1,0 +1,1 @@
+"""A model in and out of files: safetensors only, written atomically."""
