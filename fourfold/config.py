@@ -31,7 +31,7 @@ def _require(condition: bool, name: str, message: str) -> None:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions and their YaRN extension (spec 1.4)."""
+    """Rotary positions and their YaRN extension (arXiv 2309.00071)."""
 
     theta: float = 10000.0
     factor: float = 1.0  # YaRN; 1 means none
@@ -47,7 +47,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """``mla``: multi-head latent attention (spec 1.3). ``gqa``: grouped-query attention."""
+    """``mla``: multi-head latent attention (arXiv 2405.04434). ``gqa``: grouped-query attention."""
 
     kind: str = "mla"
     num_attention_heads: int = 4
@@ -66,7 +66,9 @@ class AttentionConfig:
         for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "num_key_value_heads"):
             _require(getattr(self, name) > 0, f"attention.{name}", "must be > 0")
         for name in ("qk_rope_head_dim", "head_dim"):
-            _require(getattr(self, name) % 2 == 0 and getattr(self, name) > 0, f"attention.{name}", "must be even and > 0")
+            _require(
+                getattr(self, name) % 2 == 0 and getattr(self, name) > 0, f"attention.{name}", "must be even and > 0"
+            )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0 or self.kind != "gqa",
             "attention.num_key_value_heads",
@@ -76,7 +78,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class IndexerConfig:
-    """Lightning indexer of the sparse attention (spec 1.10), one per group of layers.
+    """Lightning indexer of the sparse attention (DeepSeek-V3.2), one per group of layers.
 
     ``mode``: ``off`` (no indexer), ``dense`` (present, unused), ``warmup`` (dense attention, the
     indexer learns by KL and nothing else learns), ``sparse`` (attention over the selected keys).
@@ -97,7 +99,7 @@ class IndexerConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Routed and shared experts (spec 1.5); ``n_routed_experts = 0`` makes every layer dense."""
+    """Routed and shared experts (arXiv 2412.19437); ``n_routed_experts = 0`` makes every layer dense."""
 
     n_routed_experts: int = 0
     n_shared_experts: int = 1
@@ -118,7 +120,11 @@ class MoEConfig:
         if not self.n_routed_experts:
             return
         scorings = ("sigmoid", "sqrtsoftplus", "softmax")
-        _require(self.scoring_func in scorings, "moe.scoring_func", f"is {self.scoring_func!r}; choose one of {', '.join(scorings)}")
+        _require(
+            self.scoring_func in scorings,
+            "moe.scoring_func",
+            f"is {self.scoring_func!r}; choose one of {', '.join(scorings)}",
+        )
         _require(
             0 < self.num_experts_per_tok <= self.n_routed_experts,
             "moe.num_experts_per_tok",
@@ -129,7 +135,9 @@ class MoEConfig:
             "moe.n_group",
             f"must divide n_routed_experts ({self.n_routed_experts})",
         )
-        _require(1 <= self.topk_group <= self.n_group, "moe.topk_group", f"must be between 1 and n_group ({self.n_group})")
+        _require(
+            1 <= self.topk_group <= self.n_group, "moe.topk_group", f"must be between 1 and n_group ({self.n_group})"
+        )
         _require(
             self.num_experts_per_tok <= self.topk_group * (self.n_routed_experts // self.n_group),
             "moe.topk_group",
@@ -139,7 +147,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """``plain``; ``hc``: free hyper-connections; ``mhc``: doubly stochastic mixing (spec 2.2)."""
+    """``plain``; ``hc``: free hyper-connections; ``mhc``: doubly stochastic mixing (arXiv 2512.24880)."""
 
     kind: str = "plain"
     hc_mult: int = 4
@@ -159,7 +167,7 @@ class ResidualConfig:
 
 @dataclass(frozen=True)
 class EngramConfig:
-    """Conditional n-gram memory (spec 3); no ``layer_ids`` means none."""
+    """Conditional n-gram memory (arXiv 2601.07372); no ``layer_ids`` means none."""
 
     layer_ids: tuple[int, ...] = ()
     max_ngram: int = 3
@@ -179,7 +187,7 @@ class EngramConfig:
 
 @dataclass(frozen=True)
 class MTPConfig:
-    """Multi-token prediction (spec 1.6): extra blocks that predict the token after the next."""
+    """Multi-token prediction (arXiv 2412.19437): extra blocks that predict the token after the next."""
 
     num_layers: int = 0
 
@@ -215,7 +223,9 @@ class VideoConfig:
     def __post_init__(self) -> None:
         _require(self.patch_size > 0, "media.video.patch_size", "must be > 0")
         _require(self.tubelet_frames > 0, "media.video.tubelet_frames", "must be > 0")
-        _require(self.max_frames % self.tubelet_frames == 0, "media.video.max_frames", "must be a multiple of tubelet_frames")
+        _require(
+            self.max_frames % self.tubelet_frames == 0, "media.video.max_frames", "must be a multiple of tubelet_frames"
+        )
         _require(self.max_patches > 0, "media.video.max_patches", "must be > 0")
 
     @property
@@ -280,7 +290,11 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
             _require(getattr(self, name) > 0, name, "must be > 0")
         for layer in self.engram.layer_ids:
-            _require(0 <= layer < self.num_hidden_layers, "engram.layer_ids", f"has {layer}, outside 0..{self.num_hidden_layers - 1}")
+            _require(
+                0 <= layer < self.num_hidden_layers,
+                "engram.layer_ids",
+                f"has {layer}, outside 0..{self.num_hidden_layers - 1}",
+            )
         _require(
             self.engram.compressed_vocab_size <= self.vocab_size,
             "engram.compressed_vocab_size",

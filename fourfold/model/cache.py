@@ -70,6 +70,10 @@ class PagePool:
         """Pages that nobody holds."""
         return len(self._free)
 
+    def references(self, page: int) -> int:
+        """How many sequences and prefixes hold a page."""
+        return self._references[page]
+
     def pages_for(self, positions: int) -> int:
         return -(-positions // self.page_size)
 
@@ -117,7 +121,9 @@ class Cache:
         self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
         self._lengths = lengths
         longest = max(len(s.pages) for s in self.states)
-        self._tables = torch.tensor([s.pages + [s.pages[0]] * (longest - len(s.pages)) for s in self.states], device=device)
+        self._tables = torch.tensor(
+            [s.pages + [s.pages[0]] * (longest - len(s.pages)) for s in self.states], device=device
+        )
 
     def write(self, offset: int, values: Tensor) -> None:
         """Stores ``values`` [T, w] of the new positions at columns offset..offset+w."""

@@ -43,6 +43,7 @@ class Context:
     sin: Tensor
     cache: Cache | None = None
     probe: Probe | None = None
+    balance: bool = False  # whether the sequence-wise balance loss is wanted
     selection: Selection | None = None
     index_losses: list[Tensor] = field(default_factory=list)
     index_recalls: list[Tensor] = field(default_factory=list)

@@ -41,8 +41,10 @@ class Embedder(nn.Module):
 
     def forward(self, values: Tensor, coords: Tensor) -> Tensor:
         """values: [M, features]; coords: [M, 3]. Returns [M, d]."""
-        out: Tensor = self.out_proj(F.gelu(self.in_proj(values))) + self.coord_proj(coord_features(coords))
-        return out
+        dtype = self.in_proj.weight.dtype
+        content = self.out_proj(F.gelu(self.in_proj(values.to(dtype))))
+        place: Tensor = self.coord_proj(coord_features(coords).to(dtype))
+        return content + place
 
 
 class MediaEmbedder(nn.Module):
@@ -63,6 +65,7 @@ class MediaEmbedder(nn.Module):
             raise ValueError(f"modality: this model does not read {', '.join(sorted(missing))}")
         for name in sorted(present):
             embedder = self.embedders[name]
+            assert isinstance(embedder, Embedder)
             marked = (packed.modality == MODALITIES.index(name)) & (packed.marks != NO_MARK)
             where = marked.nonzero()[:, 0]
             rows = rows.index_copy(0, where, embedder.delimiters[packed.marks[where] - 1].to(rows.dtype))

@@ -1,4 +1,4 @@
-"""Engram: a memory of n-grams, looked up by hash and admitted by a gate (arXiv 2601.07372; spec 3)."""
+"""Engram: a memory of n-grams, looked up by hash and admitted by a gate (arXiv 2601.07372)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GATE_EPS = 1e-6
 
 
 def engram_multipliers(cfg: EngramConfig, layer: int, compressed_vocab_size: int) -> list[int]:
-    """The odd hash multipliers of a layer; a compressed id times one never overflows int64 (spec 3.2)."""
+    """The odd hash multipliers of a layer; a compressed id times one never overflows int64."""
     bound = max(1, (int(np.iinfo(np.int64).max) // compressed_vocab_size) // 2)
     draws = np.random.default_rng(10007 * layer + cfg.seed).integers(0, bound, size=cfg.max_ngram, dtype=np.int64)
     return [2 * int(r) + 1 for r in draws]
 
 
 class TokenCompression(nn.Module):
-    """Token id -> compressed id, so that variants of one word share their n-grams (spec 3.1).
+    """Token id -> compressed id, so that variants of one word share their n-grams (arXiv 2601.07372, section 2).
 
     Without a tokenizer's map, ids are folded modulo the compressed size; a checkpoint carries its map.
     """
@@ -77,7 +77,7 @@ class Engram(nn.Module):
         self.layer, self.streams, self.eps = layer, n, cfg.rms_norm_eps
         primes = engram_primes(e)[e.layer_ids.index(layer)]
         flat = [p for order in primes for p in order]
-        offsets = np.concatenate([[0], np.cumsum(flat)[:-1]]).reshape(len(primes), e.n_heads)
+        offsets = np.concatenate([[0], np.cumsum(flat)[:-1]]).astype(np.int64).reshape(len(primes), e.n_heads)
         multipliers = engram_multipliers(e, layer, e.compressed_vocab_size or cfg.vocab_size)
         # plain attributes: small, derived from the config, never part of a checkpoint
         self.multipliers, self.primes, self.offsets = multipliers, primes, offsets.tolist()
@@ -91,15 +91,14 @@ class Engram(nn.Module):
 
     def forward(self, streams: Tensor, grams: Tensor, ctx: Context) -> Tensor:
         """streams: [T, n, d]; grams: int64 [T, N] from :class:`TokenCompression`. Returns the new streams."""
-        as_tensor = lambda v: torch.tensor(v, device=grams.device)  # noqa: E731
-        rows = ops.ngram_rows(grams, as_tensor(self.multipliers), as_tensor(self.primes), as_tensor(self.offsets))
+        constants = (torch.tensor(c, device=grams.device) for c in (self.multipliers, self.primes, self.offsets))
+        rows = ops.ngram_rows(grams, *constants)
         e = self.embed(rows).flatten(1)
         value = ops.at_least_float32(self.value_proj(e))
         key = ops.at_least_float32(self.key_proj(e)).unflatten(-1, (self.streams, -1))
         wide = ops.at_least_float32(streams)
-        gate = engram_gate(
-            ops.rms_norm(wide, self.q_weight, self.eps), ops.rms_norm(key, self.k_weight, self.eps)
-        ) * (ctx.packed.modality == TEXT)[:, None]
+        gate = engram_gate(ops.rms_norm(wide, self.q_weight, self.eps), ops.rms_norm(key, self.k_weight, self.eps))
+        gate = gate * (ctx.packed.modality == TEXT)[:, None]
         if ctx.probe is not None:
             ctx.probe.engram_gates[self.layer] = gate.detach()
         u = gate[..., None] * value[:, None]

@@ -1,4 +1,4 @@
-"""Lightning indexer: which earlier positions a query should attend to (DeepSeek-V3.2, section 2; spec 1.10)."""
+"""Lightning indexer: which earlier positions a query should attend to (DeepSeek-V3.2, section 2)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ class Indexer(nn.Module):
 
     def _select(self, x: Tensor, q_latent: Tensor, ctx: Context) -> Selection:
         wide = ops.at_least_float32(x)
-        q = self._rotate(F.linear(ops.at_least_float32(q_latent), self.wq_b.weight.to(wide.dtype)).unflatten(-1, (self.cfg.n_heads, -1)), ctx)
-        k = self._rotate(self.k_norm(F.linear(wide, self.wk.weight.to(wide.dtype))), ctx)
+        q = F.linear(ops.at_least_float32(q_latent), self.wq_b.weight.to(wide.dtype))
+        q = self._rotate(q.unflatten(-1, (self.cfg.n_heads, -1)), ctx)
+        norm = self.k_norm
+        k = F.linear(wide, self.wk.weight.to(wide.dtype))
+        k = F.layer_norm(k, norm.normalized_shape, norm.weight.to(k.dtype), norm.bias.to(k.dtype), norm.eps)
+        k = self._rotate(k, ctx)
         scale = (self.cfg.n_heads * self.cfg.head_dim) ** -0.5
         weights = F.linear(wide, self.weights_proj.weight.to(wide.dtype)) * scale
         if ctx.cache is not None:
@@ -62,7 +66,7 @@ def index_target(probs: Tensor) -> Tensor:
 
 
 def index_loss(target: Tensor, scores: Tensor, keys: Tensor) -> Tensor:
-    """KL(target || softmax of scores), both over ``keys`` alone, mean per query (spec 1.10).
+    """KL(target || softmax of scores), both over ``keys`` alone, mean per query (DeepSeek-V3.2, section 2.1).
 
     target, scores: [B, L, S]; keys: bool [B, L, S], all visible ones in the warm-up, the selected ones after.
     """

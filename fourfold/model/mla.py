@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1; spec 1.3), dense or over an indexer's selection.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), dense or sparse.
 
 Two forms of one function: ``naive`` expands keys and values for every head (training, prefill), ``absorbed``
 folds the expansions into the query and the output and attends in latent space (decode). Both read and write
@@ -76,7 +76,9 @@ class MLA(nn.Module):
         """Keys and values expanded per head. q_*: [B, L, H, *]; keys: [B, S, R + dr]. Returns [B, L, H, dv]."""
         a = self.cfg
         latent, k_rope = keys.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
-        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
+        k_nope, v = (
+            self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
+        )
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1)
         chosen = self._chosen(window, number, ctx)
@@ -90,10 +92,13 @@ class MLA(nn.Module):
                 ctx.index_recalls.append(index_recall(target, ctx.selection.chosen[number]))
         return ops.attention(q, k, v, chosen, self.scale)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context) -> Tensor:
-        """The same in latent space: ``W_UK`` goes into the query, ``W_UV`` into the output; only chosen keys are read."""
+    def absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context
+    ) -> Tensor:
+        """The same in latent space: ``W_UK`` goes into the query, ``W_UV`` into the output; reads chosen keys alone."""
         a = self.cfg
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], dim=1)
+        expansions = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        w_uk, w_uv = expansions.split([a.qk_nope_head_dim, a.v_head_dim], dim=1)
         q_latent = torch.einsum("blhn,hnr->blhr", q_nope, w_uk)
         chosen = self._chosen(window, number, ctx)
         if ctx.probe is not None:

@@ -1,4 +1,4 @@
-"""Feed-forward layers: the dense SwiGLU, and routed plus shared experts (DeepSeekMoE; spec 1.5).
+"""Feed-forward layers: the dense SwiGLU, and routed plus shared experts (arXiv 2401.06066; 2412.19437, section 2.1.2).
 
 Balance comes without an auxiliary loss: a bias per expert (and per modality) shifts which experts are chosen,
 never how they are weighted, and is moved after each step towards the under-loaded ones (arXiv 2408.15664).
@@ -105,7 +105,9 @@ class MoE(nn.Module):
             pairs = ctx.packed.modality[:, None] * self.cfg.n_routed_experts + indices
             load = expert_load(pairs, len(MODALITIES) * self.cfg.n_routed_experts)
             ctx.loads[self.name] = load.view(len(MODALITIES), -1)
-            ctx.balance_losses.append(sequence_balance_loss(scores, indices, ctx.packed.sequence_ids, len(ctx.packed.cu_seqlens) - 1))
+            if ctx.balance:
+                n_sequences = len(ctx.packed.cu_seqlens) - 1
+                ctx.balance_losses.append(sequence_balance_loss(scores, indices, ctx.packed.sequence_ids, n_sequences))
         dtype = ops.compute_dtype(x)
         out = ops.experts(x.to(dtype), indices, weights, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
         return out if self.shared_experts is None else out + self.shared_experts(x, ctx)

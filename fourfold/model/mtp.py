@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block that sees the next token and guesses the one after (spec 1.6, 4.6)."""
+"""Multi-token prediction: one more block sees the next token and guesses the one after (arXiv 2412.19437, section 2.2)."""
 
 from __future__ import annotations
 

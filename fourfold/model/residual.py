@@ -1,4 +1,4 @@
-"""Residual connections: plain, hyper-connections, and manifold-constrained hyper-connections (spec 2).
+"""Residual connections: plain, hyper-connections, and manifold-constrained ones (arXiv 2409.19606, 2512.24880).
 
 The state is n parallel streams [T, n, d] (plain: n = 1). Each sub-layer reads one mixture of them and writes
 its output back to all, while the streams themselves are mixed by an n x n map, which mHC keeps doubly stochastic
@@ -27,7 +27,7 @@ class PlainResidual(nn.Module):
 
 
 class HyperConnection(nn.Module):
-    """One site of ``hc`` or ``mhc``. Starts near the plain residual: reads the mean, writes to all, mixes by about I."""
+    """One site of ``hc`` or ``mhc``; starts as the plain residual: reads the mean, writes to all, mixes hardly."""
 
     def __init__(self, cfg: ModelConfig, site: int) -> None:
         super().__init__()
@@ -51,9 +51,8 @@ class HyperConnection(nn.Module):
         """streams: [T, n, d]; f: [T, d] -> [T, d]."""
         cfg = self.cfg
         with ops.float32_island(streams):
-            pre, post, comb = ops.hyper_maps(
-                streams, self.fn, self.base, self.scale, cfg.kind == "mhc", cfg.hc_sinkhorn_iters, cfg.hc_eps, self.norm_eps
-            )
+            maps = (self.fn, self.base, self.scale, cfg.kind == "mhc", cfg.hc_sinkhorn_iters, cfg.hc_eps, self.norm_eps)
+            pre, post, comb = ops.hyper_maps(streams, *maps)
             x = ops.read_streams(streams, pre)
         if ctx.probe is not None:
             ctx.probe.stream_maps[self.site] = comb.detach()
@@ -92,7 +91,9 @@ class StreamCollapse(nn.Module):
         """streams: [T, n, d]. Returns [T, d]."""
         with ops.float32_island(streams):
             flat = ops.at_least_float32(streams).flatten(1)
-            mixed = (flat @ self.fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.norm_eps)
+            mixed = (flat @ self.fn.T.to(flat.dtype)) * torch.rsqrt(
+                flat.square().mean(-1, keepdim=True) + self.norm_eps
+            )
             out: Tensor = ops.read_streams(streams, (mixed * self.scale + self.base).sigmoid() + self.eps)
             return out
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -103,15 +104,26 @@ class Packed:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def sequence_ids(self) -> Tensor:
         """int64 [T]: the number of the sequence each position belongs to."""
         lengths = self.cu_seqlens.diff()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(self))
+        return torch.repeat_interleave(
+            torch.arange(len(lengths), device=lengths.device), lengths, output_size=len(self)
+        )
 
     def to(self, device: torch.device | str) -> Packed:
-        moved = (t.to(device) for t in (self.tokens, self.positions, self.modality, self.marks, self.targets, self.cu_seqlens))
-        return Packed(*moved, {name: p.to(device) for name, p in self.patches.items()}, self.row)
+        return Packed(
+            self.tokens.to(device),
+            self.positions.to(device),
+            self.modality.to(device),
+            self.marks.to(device),
+            self.targets.to(device),
+            self.cu_seqlens.to(device),
+            {name: p.to(device) for name, p in self.patches.items()},
+            self.row,
+        )
+
 
 
 def pack(documents: Sequence[Document], *, starts: Sequence[int] | None = None, row: int | None = None) -> Packed:
@@ -126,9 +138,13 @@ def pack(documents: Sequence[Document], *, starts: Sequence[int] | None = None, 
     offsets = cu_seqlens[:-1].tolist()
     if row is not None:
         total = int(cu_seqlens[-1])
-        if total % row or any(o // row != (o + len(d) - 1) // row for o, d in zip(offsets, documents, strict=True) if len(d)):
+        if total % row or any(
+            o // row != (o + len(d) - 1) // row for o, d in zip(offsets, documents, strict=True) if len(d)
+        ):
             raise ValueError(f"pack: documents do not fill rows of {row} positions exactly")
-    positions = torch.cat([torch.arange(len(d)) + s for d, s in zip(documents, starts or [0] * len(documents), strict=True)])
+    positions = torch.cat(
+        [torch.arange(len(d)) + s for d, s in zip(documents, starts or [0] * len(documents), strict=True)]
+    )
     patches = {}
     for name in MODALITIES[1:]:
         parts = [(offset, d.patches[name]) for offset, d in zip(offsets, documents, strict=True) if name in d.patches]

@@ -65,7 +65,9 @@ class Model(nn.Module):
         )
         self.layers = nn.ModuleList()
         for layer in range(cfg.num_hidden_layers):
-            indexer = Indexer(cfg, index_offset + owners.index(layer) * cfg.indexer.head_dim) if layer in owners else None
+            indexer = (
+                Indexer(cfg, index_offset + owners.index(layer) * cfg.indexer.head_dim) if layer in owners else None
+            )
             self.layers.append(Block(cfg, layer, layer * width, indexer))
         self.collapse = collapse(cfg)
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -100,14 +102,22 @@ class Model(nn.Module):
                 nn.init.ones_(module.k_norm.weight)
 
     def forward(
-        self, packed: Packed, cache: Cache | None = None, probe: Probe | None = None, logits: str = "all", mtp: bool = False
+        self,
+        packed: Packed,
+        cache: Cache | None = None,
+        probe: Probe | None = None,
+        logits: str = "all",
+        mtp: bool = False,
+        balance: bool = False,
     ) -> Output:
         """Runs N sequences of T positions together; with a cache, they continue it and it grows.
 
         logits: of "all" positions [T, V], of the "last" of each sequence [N, V], or of those with a "target" [M, V].
+        mtp, balance: compute also the logits and the loss of that name.
         Raises CacheFull, or ValueError if a sequence outgrows ``max_position_embeddings`` or has a foreign modality.
         """
         ctx = self.context(packed, cache, probe)
+        ctx.balance = balance
         streams = self.embed(packed)
         grams = self.compression(ctx) if self.compression is not None else None
         for layer, block in enumerate(self.layers):
@@ -151,9 +161,8 @@ class Model(nn.Module):
     def context(self, packed: Packed, cache: Cache | None, probe: Probe | None) -> Context:
         cfg = self.cfg
         if len(packed) and int(packed.positions.max()) >= cfg.max_position_embeddings:
-            raise ValueError(
-                f"positions: {int(packed.positions.max()) + 1} exceed max_position_embeddings ({cfg.max_position_embeddings})"
-            )
+            length = int(packed.positions.max()) + 1
+            raise ValueError(f"positions: {length} exceed max_position_embeddings ({cfg.max_position_embeddings})")
         if cache is not None:
             cache.begin(packed.cu_seqlens.diff().tolist())
         a = cfg.attention

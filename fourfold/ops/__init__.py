@@ -14,7 +14,9 @@ from typing import Any
 from fourfold.ops import reference
 from fourfold.ops.reference.norm import at_least_float32, compute_dtype, float32_island
 
-TWINS: dict[str, tuple[str, ...]] = {"cpu": ("attention", "experts", "hyper_maps", "mix_streams", "read_streams", "select_topk")}
+TWINS: dict[str, tuple[str, ...]] = {
+    "cpu": ("attention", "experts", "hyper_maps", "mix_streams", "read_streams", "select_topk")
+}
 
 
 @cache
@@ -24,8 +26,8 @@ def implementation(name: str, device: str, backend: str | None) -> Callable[...,
         raise ValueError(f"FOURFOLD_BACKEND: {backend!r} is unknown; choose reference or one of {', '.join(TWINS)}")
     chosen = backend or device
     if name in TWINS.get(chosen, ()):
-        return getattr(importlib.import_module(f"fourfold.ops.{chosen}"), name)  # type: ignore[no-any-return]
-    return getattr(reference, name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"fourfold.ops.{chosen}"), name)
+    return getattr(reference, name)
 
 
 def _dispatched(name: str) -> Callable[..., Any]:

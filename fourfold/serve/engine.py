@@ -18,7 +18,7 @@ from fourfold.media.processor import build_document
 from fourfold.model.cache import Cache, PagePool, SequenceState, token_width
 from fourfold.model.sequence import TEXT, Document, pack
 from fourfold.model.transformer import Model
-from fourfold.serve.prefix import PrefixStore, references
+from fourfold.serve.prefix import PrefixStore
 from fourfold.serve.request import EngineBusy, EngineError, Failed, Handle, Request, RequestError
 from fourfold.serve.running import Grammar, Running
 from fourfold.text.chat import Message, encode_chat
@@ -43,7 +43,7 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         pages: int | None = None,
-        page_size: int = 64,
+        page_size: int = 16,
         max_running: int = 32,
         max_waiting: int = 256,
         prefill_tokens: int = 256,
@@ -256,7 +256,7 @@ class Engine:
         log.error("a request failed", exc_info=error)
         running.handle.put(Failed(EngineError(f"the model failed on this request: {error}")))
         # Not-finite numbers must not stay behind: masked positions of a page's next owner would spread them.
-        own = [page for page in running.state.pages if references(self._pool, page) == 1]
+        own = [page for page in running.state.pages if self._pool.references(page) == 1]
         self._pool.data[own] = 0
         self._retire(running)
 

@@ -22,6 +22,7 @@ from fourfold.serve.engine import Engine
 from fourfold.serve.request import Delta, Finished, Request, Sampling
 from fourfold.text.chat import Media, Message
 from fourfold.text.tokenizer import Tokenizer
+from fourfold.weights.checkpoint import load_model, resolve
 
 DTYPES = {
     "fp32": torch.float32,
@@ -58,24 +59,21 @@ def decode_media(modality: str, source: Source, config: MediaConfig, mime: str |
 class LocalModel:
     """Model, tokenizer and config, with an engine that starts at the first ``generate``."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, name: str = "") -> None:
+        self.name = name
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.config = model.cfg
 
     @classmethod
-    def load(cls, name: str | Path, dtype: str | torch.dtype | None = None) -> LocalModel:
-        """The bundled model called ``name``, or the one in the directory ``name``, in ``dtype`` (None: as stored).
+    def load(cls, name: str | Path, dtype: str | None = None) -> LocalModel:
+        """The bundled model called ``name``, or the one in the directory ``name``, in ``dtype`` (None: float32).
 
         Raises ValueError if there is none, or if ``dtype`` is no type of floating-point numbers.
         """
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise ValueError(f"dtype: is {dtype!r}; choose one of {', '.join(DTYPES)}")
-            dtype = DTYPES[dtype]
-        from fourfold.weights.checkpoint import load_model, resolve
-
-        return cls(*load_model(resolve(str(name)), dtype))
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        return cls(*load_model(resolve(str(name)), DTYPES[dtype or "float32"]), name=Path(name).name)
 
     @cached_property
     def engine(self) -> Engine:
@@ -138,6 +136,12 @@ class LocalModel:
                 handle.cancel()  # the caller stopped listening
 
         return events()
+
+    def answers(self, conversations: Sequence[Sequence[Message]], thinking: bool, max_tokens: int) -> list[str]:
+        """The greedy answers to many conversations, which the engine runs together."""
+        documents = (self.engine.encode(list(messages), None, thinking) for messages in conversations)
+        handles = [self.engine.submit(Request(d, Sampling(0.0), max_tokens, (), thinking)) for d in documents]
+        return ["".join(e.text for e in h if isinstance(e, Delta) and e.kind == "content") for h in handles]
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:

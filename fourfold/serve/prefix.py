@@ -46,11 +46,6 @@ def _axes(document: Document) -> tuple[torch.Tensor, ...]:
     return document.tokens, document.modality, document.marks, document.targets
 
 
-def references(pool: PagePool, page: int) -> int:
-    """How many holders a page has."""
-    return pool._references[page]
-
-
 class PrefixStore:
     """Full pages that outlive their requests, the least recently used given up first.
 
@@ -67,7 +62,7 @@ class PrefixStore:
     @property
     def evictable(self) -> int:
         """Pages that only the store holds."""
-        return sum(references(self._pool, page) == 1 for page in self._pages.values())
+        return sum(self._pool.references(page) == 1 for page in self._pages.values())
 
     def get(self, key: bytes) -> int | None:
         """The page with this key; the caller must retain it before anything else is evicted."""
@@ -92,12 +87,8 @@ class PrefixStore:
         if self._pool.free >= pages:
             return
         for key, page in list(self._pages.items()):
-            if references(self._pool, page) == 1:
+            if self._pool.references(page) == 1:
                 del self._pages[key]
                 self._pool.release([page])
                 if self._pool.free >= pages:
                     return
-
-    def clear(self) -> None:
-        self._pool.release(list(self._pages.values()))
-        self._pages.clear()

@@ -30,9 +30,7 @@ SPECIALS = (
 )
 
 # One digit; a word with the space or sign before it; signs; line ends; spaces.
-WORDS = (
-    r"\p{N}|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORDS = r"\p{N}|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class TokenizerError(ValueError):
@@ -138,7 +136,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def compress_vocabulary(tokenizer: Tokenizer) -> list[int]:
-    """Token id -> compressed id: tokens that read alike but for case, accents and spacing share one (spec 3.1).
+    """Token id -> compressed id: tokens that read alike but for case, accents and spacing share one (arXiv 2601.07372).
 
     Compressed ids count up in order of first appearance; their number is ``max(result) + 1``.
     """

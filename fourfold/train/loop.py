@@ -26,7 +26,7 @@ from fourfold.model.sequence import Packed
 from fourfold.model.transformer import Model, Output, mtp_targets
 from fourfold.text.tokenizer import Tokenizer, compress_vocabulary, train_tokenizer
 from fourfold.train import state
-from fourfold.train.optim import build_optimizer, set_lr, weighted_cross_entropy
+from fourfold.train.optim import build_optimizers, set_lr, weighted_cross_entropy
 from fourfold.train.recipe import Phase, Recipe
 from fourfold.weights.checkpoint import save_model, write_json
 
@@ -45,35 +45,43 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
     tokenizer = run_tokenizer(run, recipe, corpus, console)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tokenizer)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    batches = Batches(Mixture(recipe.weights, corpus, tokenizer, model.cfg.media, seed=recipe.seed), recipe.row, recipe.rows)
+    optimizers = build_optimizers(model, recipe.optimizer)
+    batches = Batches(
+        Mixture(recipe.weights, corpus, tokenizer, model.cfg.media, seed=recipe.seed), recipe.row, recipe.rows
+    )
     step = 0
     if done := state.checkpoints(run):
-        step, position = state.restore(done[-1], model, optimizer)
+        step, position = state.restore(done[-1], model, optimizers)
         batches.restore(position)
         console.print(f"resuming {run} after step {step}")
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters:,} parameters, {recipe.steps} steps of {recipe.row * recipe.rows} positions")
 
     def checkpoint() -> None:
-        state.save(run, step, model, tokenizer, optimizer, batches.state(), recipe.keep)
+        state.save(run, step, model, tokenizer, optimizers, batches.state(), recipe.keep)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with (
         Interruption() as interrupted,
         Metrics(run) as metrics,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=1) as progress,
+        Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=1
+        ) as progress,
     ):
         task = progress.add_task("training", total=recipe.steps, completed=step)
         while step < recipe.steps:
             began = time.perf_counter()
             packed = next(batches)
-            set_lr(optimizer, recipe.optimizer.lr_scale(step, recipe.steps))
+            set_lr(optimizers, recipe.optimizer.lr_scale(step, recipe.steps))
             log = (step + 1) % recipe.log_every == 0
-            values = train_step(model, optimizer, packed, recipe, recipe.phase(step), Probe() if log else None)
+            values = train_step(model, optimizers, packed, recipe, recipe.phase(step), Probe() if log else None)
             step += 1
             if log:
-                values |= {"seconds": time.perf_counter() - began, "positions": len(packed), "lr": optimizer.param_groups[0]["lr"]}
+                values |= {
+                    "seconds": time.perf_counter() - began,
+                    "positions": len(packed),
+                    "lr": optimizers[0].param_groups[0]["lr"],
+                }
                 metrics.write(step, values)
                 progress.update(task, description=f"loss {values['loss']:.3f}")
             progress.update(task, completed=step)
@@ -88,20 +96,26 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
 
 
 def train_step(
-    model: Model, optimizer: torch.optim.AdamW, packed: Packed, recipe: Recipe, phase: Phase, probe: Probe | None
+    model: Model,
+    optimizers: list[torch.optim.Optimizer],
+    packed: Packed,
+    recipe: Recipe,
+    phase: Phase,
+    probe: Probe | None = None,
 ) -> dict[str, Any]:
     """One optimizer step. Returns what there is to log."""
     model.train()
     model.set_indexer_mode(phase.indexer)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bf16):
-        output = model(packed, probe=probe, logits="target", mtp=phase.mtp > 0)
+        output = model(packed, probe=probe, logits="target", mtp=phase.mtp > 0, balance=recipe.balance_weight > 0)
         loss, values = total_loss(output, packed, recipe, phase)
     if not loss.isfinite():
         raise FloatingPointError(f"loss: {values} is not finite")
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     for name, load in (output.loads or {}).items():
         module = model.get_submodule(name)
         assert isinstance(module, MoE)

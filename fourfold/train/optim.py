@@ -9,35 +9,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.model.sequence import IGNORE, Packed
+from fourfold.train.muon import Muon
 from fourfold.train.recipe import Optimizer
 
 
-def build_optimizer(model: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
-    """AdamW in four groups: matrices decay; norms, biases and stream maps do not; tables learn faster; indexers apart.
+def build_optimizers(model: nn.Module, cfg: Optimizer) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the hidden layers; AdamW for embeddings, head and vectors, for the tables (faster,
+    without decay) and for the indexers (at a rate of their own).
 
     Each group remembers its own peak as ``peak_lr``.
     """
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "tables": [], "indexers": []}
+    groups: dict[str, list[nn.Parameter]] = {
+        "matrices": [],
+        "embeddings": [],
+        "vectors": [],
+        "tables": [],
+        "indexers": [],
+    }
     for name, parameter in model.named_parameters():
         if ".indexer." in name:
             groups["indexers"].append(parameter)
         elif name.startswith("engrams.") and name.endswith("embed.weight"):
             groups["tables"].append(parameter)
+        elif name in ("embed_tokens.weight", "lm_head.weight") or name.endswith("delimiters"):
+            groups["embeddings"].append(parameter)
         else:
             groups["matrices" if parameter.dim() > 1 else "vectors"].append(parameter)
+    matrices = groups.pop("matrices")
     rates = {"tables": cfg.lr * cfg.engram_lr_scale, "indexers": cfg.indexer_lr}
-    decays = {"matrices": cfg.weight_decay, "indexers": cfg.weight_decay}
+    decays = {"embeddings": cfg.weight_decay, "indexers": cfg.weight_decay}
     settings: list[dict[str, Any]] = [
-        {"params": members, "peak_lr": rates.get(name, cfg.lr), "weight_decay": decays.get(name, 0.0)}
+        {"params": members, "lr": rates.get(name, cfg.lr), "weight_decay": decays.get(name, 0.0)}
         for name, members in groups.items()
         if members
     ]
-    return torch.optim.AdamW(settings, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=1e-10, fused=True)
+    betas = (cfg.betas[0], cfg.betas[1])
+    adamw = torch.optim.AdamW(settings, lr=cfg.lr, betas=betas, eps=1e-10, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if cfg.kind == "muon":
+        optimizers.append(Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay))
+    else:
+        adamw.add_param_group({"params": matrices, "lr": cfg.lr, "weight_decay": cfg.weight_decay})
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
 
 
-def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * scale
+def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
 
 
 def answer_weights(packed: Packed, targets: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fourfold.config import ConfigError, ModelConfig, from_dict, parse_override
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run. ``indexer``: its mode (spec of the indexer); ``mtp``: weight of the MTP loss."""
+    """A stretch of the run. ``indexer``: its mode (``IndexerConfig``); ``mtp``: weight of the MTP loss."""
 
     steps: int
     indexer: str = "dense"
@@ -21,8 +21,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW, with a linear warm-up, a constant stretch and a linear decay over the last ``decay_share`` of all steps."""
+    """``kind``: muon (matrices of hidden layers; AdamW elsewhere) or adamw.
 
+    The rates warm up linearly, stay, and fall linearly to ``lr_end`` over the last ``decay_share`` of all steps.
+    """
+
+    kind: str = "muon"
     lr: float = 3e-3
     lr_end: float = 1e-4
     warmup_steps: int = 100
@@ -32,6 +36,12 @@ class Optimizer:
     engram_lr_scale: float = 5.0
     indexer_lr: float = 1e-3
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("muon", "adamw"):
+            raise ConfigError(f"optimizer.kind: is {self.kind!r}; choose muon or adamw")
+        if len(self.betas) != 2:
+            raise ConfigError("optimizer.betas: must be two numbers")
 
     def lr_scale(self, step: int, steps: int) -> float:
         """What the learning rates are multiplied by at ``step`` of ``steps``."""
@@ -57,7 +67,7 @@ class Recipe:
     row: int = 512
     rows: int = 8
     bf16: bool = True
-    balance_weight: float = 1e-4
+    balance_weight: float = 0.0  # of the sequence-wise balance loss
     log_every: int = 10
     save_every: int = 200
     keep: int = 2

@@ -25,13 +25,20 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path, step: int, model: Model, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, data: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    model: Model,
+    tokenizer: Tokenizer,
+    optimizers: list[torch.optim.Optimizer],
+    data: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Writes ``step-N`` after ``step`` steps and removes all but the newest ``keep``."""
     path = run / "checkpoints" / f"step-{step}"
     moments = {}
-    for index, entry in optimizer.state_dict()["state"].items():
-        moments |= {f"{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            moments |= {f"{number}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
     with atomic_directory(path) as partial:
         save_model(partial / "model", model, tokenizer)
         save_file(moments, partial / "optimizer.safetensors")
@@ -41,13 +48,14 @@ def save(
     return path
 
 
-def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-    """Loads a checkpoint into model and optimizer. Returns the steps done and the state of the data stream."""
+def restore(path: Path, model: Model, optimizers: list[torch.optim.Optimizer]) -> tuple[int, dict[str, Any]]:
+    """Loads a checkpoint into model and optimizers. Returns the steps done and the state of the data stream."""
     model.load_state_dict(read_tensors(path / "model" / "model.safetensors", model, torch.float32))
-    entries: dict[int, dict[str, torch.Tensor]] = {}
+    entries: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
     for name, tensor in load_file(path / "optimizer.safetensors").items():
-        index, key = name.split(".", 1)
-        entries.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        number, index, key = name.split(".", 2)
+        entries[int(number)].setdefault(int(index), {})[key] = tensor
+    for optimizer, entry in zip(optimizers, entries, strict=True):
+        optimizer.load_state_dict({"state": entry, "param_groups": optimizer.state_dict()["param_groups"]})
     state = json.loads((path / "state.json").read_text())
     return state["step"], state["data"]

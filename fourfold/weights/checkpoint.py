@@ -58,7 +58,9 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Mod
     cfg = load_config(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise CheckpointError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, vocab_size is {cfg.vocab_size}")
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, vocab_size is {cfg.vocab_size}"
+        )
     with torch.device("meta"):
         model = Model(cfg)
     model.load_state_dict(read_tensors(directory / "model.safetensors", model, dtype), assign=True)

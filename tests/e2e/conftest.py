@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from fourfold.weights.checkpoint import save_model
+from tests.serve.tiny import tiny_model, tiny_tokenizer
 
 
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, model: Path, *args: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.serve_tiny", *args],
-            cwd=ROOT,
+            [sys.executable, "-m", "fourfold", "serve", str(model), "--port", "0", *args],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
@@ -30,13 +30,21 @@ class Server:
         self.process.stdout.close()
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The directory of a tiny model with random weights."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(directory, tiny_model(), tiny_tokenizer())
+    return directory
+
+
 @pytest.fixture
-def start():
+def start(tiny):
     """Starts servers that the test may end itself."""
     servers = []
 
     def starter(*args: str) -> Server:
-        servers.append(Server(*args))
+        servers.append(Server(tiny, *args))
         return servers[-1]
 
     yield starter
@@ -45,7 +53,7 @@ def start():
 
 
 @pytest.fixture(scope="session")
-def server():
-    server = Server()
+def server(tiny):
+    server = Server(tiny)
     yield server
     server.stop()

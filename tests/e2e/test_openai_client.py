@@ -134,7 +134,7 @@ def test_hanging_up_on_a_whole_answer_stops_the_work(server):
 
 
 def test_a_key(start):
-    server = start("sesame")
+    server = start("--api-key", "sesame")
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame", max_retries=0) as client:
         assert ask(client).choices
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="guess", max_retries=0) as client:

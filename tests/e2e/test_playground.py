@@ -189,7 +189,7 @@ def test_dark_and_light(open_page, server):
 
 
 def test_a_key_is_asked_for_and_used(open_page, start):
-    page = open_page(start("sesame").url)
+    page = open_page(start("--api-key", "sesame").url)
     expect(page.locator("#model")).to_have_text("needs an API key")
     open_page.errors.clear()  # the browser reports the 401
     page.fill("#key", "sesame")

@@ -7,6 +7,7 @@ from fourfold.model.sequence import Document, pack
 from fourfold.serve.local import LocalModel, decode_media
 from fourfold.serve.request import Delta, Finished
 from fourfold.text.chat import Media, Message
+from fourfold.weights.checkpoint import save_model
 from tests.api.media import mp4, png, wav
 
 
@@ -62,6 +63,16 @@ def test_bad_options_are_refused_at_once(local):
         local.generate("hello", max_tokens=10_000, stream=True)
     with pytest.raises(ValueError, match="dtype.*int8"):
         LocalModel.load("nano", dtype="int8")
+
+
+def test_load_gives_back_what_was_saved(local, tmp_path):
+    save_model(tmp_path / "tiny", local.model, local.tokenizer)
+    loaded = LocalModel.load(tmp_path / "tiny")
+    assert torch.equal(loaded.logits([0, 4, 20]), local.logits([0, 4, 20]))
+    half = LocalModel.load(tmp_path / "tiny", dtype="bf16")
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="neither bundled"):
+        LocalModel.load(tmp_path / "absent")
 
 
 def test_a_missing_modality_is_refused(local):

@@ -6,7 +6,7 @@ import torch
 from fourfold.config import ModelConfig
 from fourfold.model.cache import PagePool, SequenceState
 from fourfold.model.sequence import AUDIO, IMAGE, START, Document, Patches
-from fourfold.serve.prefix import PrefixStore, extend_with_text, page_key, references, root_key
+from fourfold.serve.prefix import PrefixStore, extend_with_text, page_key, root_key
 
 CONFIG = ModelConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, intermediate_size=8)
 
@@ -102,4 +102,4 @@ def test_put_keeps_the_first_page_of_a_key(pool):
     store = PrefixStore(pool)
     first = fill(pool, store, b"a")
     second = fill(pool, store, b"a")
-    assert first != second and store.get(b"a") == first and references(pool, second) == 0
+    assert first != second and store.get(b"a") == first and pool.references(second) == 0

@@ -12,6 +12,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) ->
     if narrow < width:  # the fused kernel wants one head dimension
         v = F.pad(v, (0, width - narrow))
     o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible[:, None], scale=scale, enable_gqa=True
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=visible[:, None],
+        scale=scale,
+        enable_gqa=True,
     )
     return o.transpose(1, 2)[..., :narrow]

@@ -29,6 +29,10 @@ def _kernels() -> Any:
     return stream_kernels
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)
+
+
 class _Maps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, n: int, iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +49,8 @@ class _Maps(torch.autograd.Function):
         hidden, pre, post = ctx.saved_tensors
         out = torch.empty_like(hidden)
         arrays = [g.contiguous().numpy() for g in grads]
-        _kernels().maps_backward(hidden.numpy(), pre.numpy(), post.numpy(), *arrays, out.numpy(), ctx.n, ctx.iterations, ctx.eps)
+        saved = [t.numpy() for t in (hidden, pre, post)]
+        _kernels().maps_backward(*saved, *arrays, out.numpy(), ctx.n, ctx.iterations, ctx.eps)
         return out, None, None, None
 
 
@@ -86,16 +91,23 @@ class _Mix(torch.autograd.Function):
 
 
 def hyper_maps(
-    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, doubly_stochastic: bool, iterations: int, eps: float, norm_eps: float
+    x: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    doubly_stochastic: bool,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fourfold.ops.reference.hyper_maps`."""
     if not (doubly_stochastic and _worth_compiling(x)):
         return reference.hyper_maps(x, fn, base, scale, doubly_stochastic, iterations, eps, norm_eps)
     n = x.shape[1]
     flat = at_least_float32(x).flatten(1)
-    mixed = (flat @ fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    mixed = (flat @ fn.T.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
     hidden = mixed * scale.repeat_interleave(torch.tensor([n, n, n * n])) + base
-    pre, post, comb = _Maps.apply(hidden.contiguous(), n, iterations, eps)
+    pre, post, comb = _apply(_Maps, hidden.contiguous(), n, iterations, eps)
     return pre, post, comb
 
 
@@ -103,7 +115,7 @@ def read_streams(x: Tensor, pre: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.read_streams`."""
     if not (_worth_compiling(x) and x.dtype == pre.dtype):
         return reference.read_streams(x, pre)
-    out: Tensor = _Read.apply(x.contiguous(), pre.contiguous())
+    out: Tensor = _apply(_Read, x.contiguous(), pre.contiguous())
     return out
 
 
@@ -111,5 +123,5 @@ def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.mix_streams`."""
     if not (_worth_compiling(x) and x.dtype == post.dtype):
         return reference.mix_streams(x, y, post, comb)
-    out: Tensor = _Mix.apply(x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())
+    out: Tensor = _apply(_Mix, x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())
     return out

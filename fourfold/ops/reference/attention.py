@@ -25,8 +25,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) ->
     return torch.einsum("bhls,bshd->blhd", probs.to(v.dtype), v)
 
 
-def sparse_mla(q_latent: Tensor, q_rope: Tensor, entries: Tensor, indices: Tensor, valid: Tensor, scale: float) -> Tensor:
-    """Absorbed multi-head latent attention over the selected entries alone (spec 1.3, 1.10).
+def sparse_mla(
+    q_latent: Tensor, q_rope: Tensor, entries: Tensor, indices: Tensor, valid: Tensor, scale: float
+) -> Tensor:
+    """Absorbed multi-head latent attention over the selected entries alone (arXiv 2405.04434, section 2.1).
 
     q_latent: [B, L, H, R], queries in latent space; q_rope: [B, L, H, dr]; entries: [B, S, R + dr],
     latent and rotary key of each cached position; indices: int64 [B, L, K]; valid: bool [B, L, K].

@@ -1,4 +1,4 @@
-"""Routed SwiGLU experts (spec 1.5)."""
+"""Routed SwiGLU experts (DeepSeekMoE, arXiv 2401.06066)."""
 
 from __future__ import annotations
 

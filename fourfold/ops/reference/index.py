@@ -1,4 +1,4 @@
-"""The lightning indexer's score and its selection (DeepSeek-V3.2; spec 1.10)."""
+"""The lightning indexer's score and its selection (DeepSeek-V3.2, section 2)."""
 
 from __future__ import annotations
 

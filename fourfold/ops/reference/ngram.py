@@ -1,4 +1,4 @@
-"""Multi-head n-gram hashing of Engram (arXiv 2601.07372; spec 3.2)."""
+"""Multi-head n-gram hashing of Engram (arXiv 2601.07372)."""
 
 from __future__ import annotations
 

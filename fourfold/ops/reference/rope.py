@@ -1,4 +1,4 @@
-"""Rotary position embedding in both layouts, and YaRN (arXiv 2309.00071; spec 1.4)."""
+"""Rotary position embedding in both layouts, and YaRN (arXiv 2104.09864, 2309.00071)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def rope_frequencies(dim: int, rope: RopeConfig) -> Tensor:
 
     def pair_turning(rotations: float) -> float:
         """The (fractional) pair that turns this often within the original context."""
-        return dim * math.log(rope.original_max_position_embeddings / (2 * math.pi * rotations)) / (2 * math.log(rope.theta))
+        return (
+            dim
+            * math.log(rope.original_max_position_embeddings / (2 * math.pi * rotations))
+            / (2 * math.log(rope.theta))
+        )
 
     low = max(math.floor(pair_turning(rope.beta_fast)), 0)
     high = min(math.ceil(pair_turning(rope.beta_slow)), dim - 1)

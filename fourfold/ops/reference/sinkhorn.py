@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp: scale a matrix until rows and columns sum to one (arXiv 2512.24880; spec 2.2)."""
+"""Sinkhorn-Knopp: scale a matrix until rows and columns sum to one (arXiv 2512.24880)."""
 
 from __future__ import annotations
 

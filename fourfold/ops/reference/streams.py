@@ -1,4 +1,4 @@
-"""Hyper-connections: how n residual streams are read, mixed and written (arXiv 2512.24880; spec 2.2)."""
+"""Hyper-connections: how n residual streams are read, mixed and written (arXiv 2512.24880)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from fourfold.ops.reference.sinkhorn import sinkhorn
 
 
 def hyper_maps(
-    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, doubly_stochastic: bool, iterations: int, eps: float, norm_eps: float
+    x: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    doubly_stochastic: bool,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three maps of one site, computed from the streams in float32.
 
@@ -20,12 +27,12 @@ def hyper_maps(
     """
     n = x.shape[1]
     flat = at_least_float32(x).flatten(1)
-    mixed = (flat @ fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    mixed = (flat @ fn.T.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
     pre, post, comb = mixed.split([n, n, n * n], dim=-1)
     base_pre, base_post, base_comb = base.split([n, n, n * n])
     if not doubly_stochastic:
-        pre, post, comb = pre.tanh() * scale[0] + base_pre, post.tanh() * scale[1] + base_post, comb.tanh() * scale[2] + base_comb
-        return pre, post, comb.unflatten(-1, (n, n))
+        pre, post = pre.tanh() * scale[0] + base_pre, post.tanh() * scale[1] + base_post
+        return pre, post, (comb.tanh() * scale[2] + base_comb).unflatten(-1, (n, n))
     pre = (pre * scale[0] + base_pre).sigmoid() + eps
     post = 2 * (post * scale[1] + base_post).sigmoid()
     return pre, post, sinkhorn((comb * scale[2] + base_comb).unflatten(-1, (n, n)), iterations, eps)

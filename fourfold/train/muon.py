@@ -1,0 +1,50 @@
+"""Muon: orthogonalised momentum (Jordan et al. 2024), with iteration and scaling of DeepSeek-V4 (arXiv 2606.19348)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FAST = (3.4445, -4.7750, 2.0315)  # drives all singular values near one, roughly
+EXACT = (2.0, -1.5, 0.5)  # converges to one
+SCHEDULE = (FAST,) * 8 + (EXACT,) * 2
+UPDATE_RMS = 0.18  # so that learning rates and decay carry over from AdamW
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices, by Newton-Schulz in bfloat16. g: [..., rows, cols]."""
+    x = g.bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for a, b, c in SCHEDULE:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices [rows, cols] and stacks of them [E, rows, cols]; Nesterov momentum, decoupled weight decay."""
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("Muon.step: closures are not supported")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                entry = self.state[parameter]
+                momentum = entry.setdefault("momentum", torch.zeros_like(parameter))
+                momentum.mul_(group["momentum"]).add_(parameter.grad)
+                direction = orthogonalize(parameter.grad.add(momentum, alpha=group["momentum"]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction, alpha=-group["lr"] * UPDATE_RMS * max(parameter.shape[-2:]) ** 0.5)
