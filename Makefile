@@ -37,11 +37,12 @@ lint: $(VENV)/.dev ## ruff, the floors contract, types of floors 0-2
 	@$(BIN)/lint-imports
 	@$(BIN)/mypy
 
-train-nano: $(VENV)/.dev ## train the bundled model again from its recipe
+train-nano: $(VENV)/.dev ## build the data and train the bundled model again from its recipe
+	@$(BIN)/fourfold data build smoke
 	@$(BIN)/fourfold train recipes/nano.toml
 
 bench: $(VENV)/.dev ## run every benchmark; results under bench/results
-	@for script in bench/*.py; do \
+	@for script in bench/[a-z]*.py; do \
 		echo "bench: $$script"; \
 		$(BIN)/python $$script --json bench/results/$$(basename $$script .py).json || exit 1; \
 	done

@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs, so that ``fourfold --help`` answers at once.
 
-Exit status: 0 done, 2 bad input (one line on standard error), 130 interrupted.
+Exit status: 0 done, 1 failed, 2 bad input (one line on standard error either way), 130 interrupted.
 ``FOURFOLD_TRACEBACK=1`` shows where an error came from.
 """
 
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FOURFOLD_TRACEBACK"):
             raise
         message = " ".join(str(error).split())
         print(f"fourfold {args.command}: {message or type(error).__name__}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RuntimeError) else 2
 
 
 class _Parser(argparse.ArgumentParser):

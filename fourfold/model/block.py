@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.attn_residual = residual_site(cfg, 2 * layer)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         routed = cfg.moe.n_routed_experts > 0 and layer >= cfg.moe.first_k_dense_replace
-        self.mlp = MoE(cfg) if routed else MLP(cfg.hidden_size, cfg.intermediate_size)
+        self.mlp = MoE(cfg, layer) if routed else MLP(cfg.hidden_size, cfg.intermediate_size)
         self.mlp_residual = residual_site(cfg, 2 * layer + 1)
 
     def forward(self, streams: Tensor, ctx: Context) -> Tensor:

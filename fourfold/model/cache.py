@@ -77,11 +77,18 @@ class PagePool:
     def pages_for(self, positions: int) -> int:
         return -(-positions // self.page_size)
 
+    def missing(self, state: SequenceState, n_new: int) -> int:
+        """Pages that ``state`` lacks to hold ``n_new`` more positions."""
+        return max(0, self.pages_for(state.length + n_new) - len(state.pages))
+
+    def require(self, pages: int) -> None:
+        if pages > len(self._free):
+            raise CacheFull(f"{pages} cache pages of {self.page_size} positions wanted, {len(self._free)} free")
+
     def reserve(self, state: SequenceState, n_new: int) -> None:
         """Gives ``state`` room for ``n_new`` more positions, or raises :class:`CacheFull` and gives none."""
-        wanted = self.pages_for(state.length + n_new) - len(state.pages)
-        if wanted > len(self._free):
-            raise CacheFull(f"{wanted} cache pages of {self.page_size} positions wanted, {len(self._free)} free")
+        wanted = self.missing(state, n_new)
+        self.require(wanted)
         for _ in range(wanted):
             page = self._free.pop()
             self._references[page] = 1
@@ -109,9 +116,13 @@ class Cache:
         self.pool, self.states = pool, states
 
     def begin(self, lengths: list[int]) -> None:
-        """Fixes where the new positions go; called by the model with the length of each document."""
+        """Fixes where the new positions go; called by the model with the length of each document.
+
+        Raises CacheFull before any state has changed.
+        """
         if len(lengths) != len(self.states):
             raise ValueError(f"cache: {len(lengths)} sequences in the batch, {len(self.states)} in the cache")
+        self.pool.require(sum(self.pool.missing(state, n) for state, n in zip(self.states, lengths, strict=True)))
         size = self.pool.page_size
         slots = []
         for state, n in zip(self.states, lengths, strict=True):

@@ -98,12 +98,13 @@ class Engram(nn.Module):
         key = ops.at_least_float32(self.key_proj(e)).unflatten(-1, (self.streams, -1))
         wide = ops.at_least_float32(streams)
         gate = engram_gate(ops.rms_norm(wide, self.q_weight, self.eps), ops.rms_norm(key, self.k_weight, self.eps))
-        gate = gate * (ctx.packed.modality == TEXT)[:, None]
+        text = (ctx.packed.modality == TEXT)[:, None]
+        gate = gate * text
         if ctx.probe is not None:
             ctx.probe.engram_gates[self.layer] = gate.detach()
         u = gate[..., None] * value[:, None]
         if self.conv is not None:
-            u = u + self.conv(u, ctx)
+            u = u + self.conv(u, ctx) * text[..., None]
         return (wide + u).to(streams.dtype)
 
 

@@ -86,8 +86,9 @@ def choose_experts(biased: Tensor, cfg: MoEConfig) -> Tensor:
 
 
 class MoE(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         moe, d, width = cfg.moe, cfg.hidden_size, cfg.moe.moe_intermediate_size
         self.cfg = moe
         self.gate = Router(cfg)
@@ -100,7 +101,7 @@ class MoE(nn.Module):
         """x: [T, d]. Returns [T, d]."""
         indices, weights, scores = self.gate(x, ctx.packed.modality)
         if ctx.probe is not None:
-            ctx.probe.experts[len(ctx.probe.experts)] = indices.detach()
+            ctx.probe.experts[self.layer] = indices.detach()
         if self.training:
             pairs = ctx.packed.modality[:, None] * self.cfg.n_routed_experts + indices
             load = expert_load(pairs, len(MODALITIES) * self.cfg.n_routed_experts)

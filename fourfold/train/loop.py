@@ -46,14 +46,18 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tokenizer)
     optimizers = build_optimizers(model, recipe.optimizer)
-    batches = Batches(
-        Mixture(recipe.weights, corpus, tokenizer, model.cfg.media, seed=recipe.seed), recipe.row, recipe.rows
-    )
-    step = 0
+
+    def stream(step: int, position: dict[str, Any]) -> Batches:
+        mixture = Mixture(recipe.weights_at(step), corpus, tokenizer, model.cfg.media, seed=recipe.seed)
+        batches = Batches(mixture, recipe.row, recipe.rows)
+        batches.restore(position)
+        return batches
+
+    step, position = 0, {"next": 0, "held": []}
     if done := state.checkpoints(run):
         step, position = state.restore(done[-1], model, optimizers)
-        batches.restore(position)
         console.print(f"resuming {run} after step {step}")
+    batches = stream(max(step - 1, 0), position)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters:,} parameters, {recipe.steps} steps of {recipe.row * recipe.rows} positions")
 
@@ -63,7 +67,7 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with (
         Interruption() as interrupted,
-        Metrics(run) as metrics,
+        Metrics(run, step) as metrics,
         Progress(
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=1
         ) as progress,
@@ -71,6 +75,8 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
         task = progress.add_task("training", total=recipe.steps, completed=step)
         while step < recipe.steps:
             began = time.perf_counter()
+            if step and recipe.weights_at(step) != recipe.weights_at(step - 1):  # what still waits is left out
+                batches = stream(step, {"next": batches.next, "held": []})
             packed = next(batches)
             set_lr(optimizers, recipe.optimizer.lr_scale(step, recipe.steps))
             log = (step + 1) % recipe.log_every == 0
@@ -200,14 +206,19 @@ class Interruption:
 
 
 class Metrics:
-    """``metrics.jsonl`` and TensorBoard."""
+    """``metrics.jsonl`` and TensorBoard. What a killed run logged after its last checkpoint is forgotten."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
+    def __init__(self, run: Path, step: int) -> None:
+        self.run, self.step = run, step
 
     def __enter__(self) -> Metrics:
-        self.file = (self.run / "metrics.jsonl").open("a")
-        self.board = SummaryWriter(str(self.run / "tb"))
+        path = self.run / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= self.step] if path.is_file() else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(self.run / "tb"), purge_step=self.step + 1)
         return self
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -219,3 +230,11 @@ class Metrics:
     def __exit__(self, *_: Any) -> None:
         self.file.close()
         self.board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a logged line; one that was cut short belongs to no step kept."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")

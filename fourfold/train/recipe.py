@@ -12,11 +12,13 @@ from fourfold.config import ConfigError, ModelConfig, from_dict, parse_override
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run. ``indexer``: its mode (``IndexerConfig``); ``mtp``: weight of the MTP loss."""
+    """A stretch of the run. ``indexer``: its mode (``IndexerConfig``); ``mtp``: weight of the MTP loss;
+    ``weights``: the mixture from here on (empty: as before)."""
 
     steps: int
     indexer: str = "dense"
     mtp: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,15 @@ class Recipe:
                 return phase
             step -= phase.steps
         return self.phases[-1]
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The mixture that ``step`` draws from."""
+        current, begins = self.weights, 0
+        for phase in self.phases:
+            if step < begins:
+                break
+            current, begins = phase.weights or current, begins + phase.steps
+        return current
 
     def config(self) -> ModelConfig:
         return ModelConfig.preset(self.preset, **dict(_dotted(self.model)))

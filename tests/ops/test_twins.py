@@ -1,0 +1,264 @@
+"""Every twin in the dispatch table gives what its reference gives: values and gradients."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold import ops
+from fourfold.ops import reference
+from fourfold.ops.cpu.experts import FEW
+from fourfold.ops.cpu.streams import LONG
+
+TWINS = [(device, name) for device, names in ops.TWINS.items() for name in names]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 4e-2}  # of the largest number expected
+SIZES = ["empty", "one", "small", "odd", "below", "at", "above"]  # the last three: of the twins' thresholds
+
+
+@dataclass
+class Case:
+    """Arguments of one op, in order. ``learn``: which of the tensors get gradients."""
+
+    args: list[Any]
+    learn: list[int] = field(default_factory=list)
+
+
+def length(size: str, rng: random.Random, threshold: int) -> int:
+    table = {"empty": 0, "one": 1, "small": rng.randint(2, 9), "odd": 13, "below": threshold - 1, "at": threshold}
+    return table.get(size, threshold + rng.randint(1, 77))
+
+
+def width(size: str, rng: random.Random) -> int:
+    return {"one": 1, "odd": rng.choice([3, 5, 7, 11])}.get(size) or rng.choice([4, 8, 12, 16, 21])
+
+
+def attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    batch, queries = rng.randint(1, 3), length(size, rng, 40)
+    keys = max(queries + rng.randint(0, 5), 1)
+    groups, kv_heads, dim, value_dim = rng.choice([1, 2, 3]), rng.choice([1, 2]), width(size, rng), width(size, rng)
+    visible = torch.rand(batch, queries, keys) < 0.4
+    visible[..., 0] |= ~visible.any(-1)  # a query sees at least one key
+    return Case(
+        [
+            torch.randn(batch, queries, groups * kv_heads, dim, dtype=dtype),
+            torch.randn(batch, keys, kv_heads, dim, dtype=dtype),
+            torch.randn(batch, keys, kv_heads, value_dim, dtype=dtype),
+            visible,
+            dim**-0.5,
+        ],
+        learn=[0, 1, 2],
+    )
+
+
+def experts_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    n_experts = 1 if size == "one" else rng.randint(4, 9)
+    per_token = rng.randint(1, min(3, n_experts))
+    tokens = -(-length(size, rng, FEW) // per_token) if size in ("at", "above") else length(size, rng, FEW) // per_token
+    tokens = max(tokens, size != "empty")
+    dim, inner = width(size, rng), width(size, rng)
+    reachable = max(n_experts - 2, per_token)  # some experts get nothing
+    indices = torch.rand(tokens, reachable).argsort(-1)[:, :per_token]
+    weights = torch.rand(tokens, per_token, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    gate_up = torch.randn(n_experts, 2 * inner, dim, dtype=dtype) / dim**0.5
+    down = torch.randn(n_experts, dim, inner, dtype=dtype) / inner**0.5
+    return Case([torch.randn(tokens, dim, dtype=dtype), indices, weights, gate_up, down], learn=[0, 2, 3, 4])
+
+
+def select_topk_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    """Scores with many exact ties (also of 0 and -0), as the indexer's relu makes them."""
+    batch, queries = rng.randint(1, 3), length(size, rng, 30)
+    keys = max(queries, 1) + rng.randint(0, 7)
+    scores = torch.randn(batch, queries, keys).mul(rng.choice([0.6, 1.0, 3.0])).round().to(dtype)
+    if rng.random() < 0.3:
+        scores = torch.randn(batch, queries, keys, dtype=dtype)
+    causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).expand(batch, -1, -1)
+    visible = causal & (torch.rand(batch, queries, keys) < rng.choice([0.7, 1.1]))
+    return Case([scores, visible, rng.randint(1, keys + 2)])
+
+
+def shapes_of_streams(size: str, rng: random.Random) -> tuple[int, int, int]:
+    return length(size, rng, LONG), 1 if size == "one" else rng.randint(2, 5), width(size, rng)
+
+
+def of_maps(dtype: torch.dtype) -> torch.dtype:
+    """Maps are float32 beside half streams."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def hyper_maps_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    tokens, n, dim = shapes_of_streams(size, rng)
+    maps, fine = n * (n + 2), of_maps(dtype)
+    return Case(
+        [
+            torch.randn(tokens, n, dim, dtype=dtype),
+            torch.randn(maps, n * dim, dtype=fine) / (n * dim) ** 0.5,
+            torch.randn(maps, dtype=fine) * rng.choice([1.0, 6.0]),
+            torch.randn(3, dtype=fine),
+            rng.random() < 0.8,
+            rng.choice([1, 2, 20]),
+            1e-6,
+            1e-6,
+        ],
+        learn=[0, 1, 2, 3],
+    )
+
+
+def read_streams_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    tokens, n, dim = shapes_of_streams(size, rng)
+    return Case([torch.randn(tokens, n, dim, dtype=dtype), torch.randn(tokens, n, dtype=of_maps(dtype))], learn=[0, 1])
+
+
+def mix_streams_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    tokens, n, dim = shapes_of_streams(size, rng)
+    return Case(
+        [
+            torch.randn(tokens, n, dim, dtype=dtype),
+            torch.randn(tokens, dim, dtype=dtype),
+            torch.randn(tokens, n, dtype=of_maps(dtype)),
+            torch.randn(tokens, n, n, dtype=of_maps(dtype)),
+        ],
+        learn=[0, 1, 2, 3],
+    )
+
+
+CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
+    "attention": attention_case,
+    "experts": experts_case,
+    "hyper_maps": hyper_maps_case,
+    "mix_streams": mix_streams_case,
+    "read_streams": read_streams_case,
+    "select_topk": select_topk_case,
+}
+
+
+def strided(t: Tensor, rng: random.Random) -> Tensor:
+    """The same numbers, laid out in another way."""
+    if t.dim() > 1 and rng.random() < 0.5:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    return torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0]
+
+
+def run(function: Callable[..., Any], case: Case, args: list[Any], cotangents: list[Tensor] | None) -> list[Tensor]:
+    """Outputs, then gradients of the learnt arguments."""
+    args = [a.detach().requires_grad_() if i in case.learn else a for i, a in enumerate(args)]
+    outputs = function(*args)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if cotangents is None:
+        return outputs
+    given = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, [args[i] for i in case.learn], given)
+    return [*(o.detach() for o in outputs), *grads]
+
+
+def assert_near(got: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    assert got.shape == wanted.shape, what
+    if wanted.numel():
+        error, scale = (got.double() - wanted.double()).abs().max(), wanted.double().abs().max()
+        assert error <= tolerance * max(scale, 1.0), f"{what}: off by {error} where the largest is {scale}"
+
+
+def test_every_twin_has_a_case():
+    assert {name for _, name in TWINS} == set(CASES)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("device", "name"), TWINS)
+def test_twin_equals_reference(device, name, size, dtype, layout):
+    twin = ops.implementation(name, device, None)
+    law = getattr(reference, name)
+    assert twin is not law
+    for seed in range(3):
+        rng = random.Random(f"{name} {size} {dtype} {seed}")
+        torch.manual_seed(rng.randint(0, 1 << 30))
+        case = CASES[name](size, dtype, rng)
+        args = case.args
+        if layout == "strided":
+            args = [strided(a, rng) if isinstance(a, Tensor) else a for a in args]
+        if name == "select_topk":
+            assert torch.equal(twin(*args), law(*case.args))
+            continue
+        # Half types are held to the reference in float32: their own reference rounds too.
+        exact = [a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in case.args]
+        shapes = law(*case.args)
+        shapes = shapes if isinstance(shapes, tuple) else (shapes,)
+        cotangents = [torch.randn(s.shape) for s in shapes]
+        given = [strided(c, rng) for c in cotangents] if layout == "strided" else cotangents
+        got, wanted = run(twin, case, args, given), run(law, case, exact, cotangents)
+        assert [g.dtype for g in got[: len(shapes)]] == [s.dtype for s in shapes]
+        for number, (g, w) in enumerate(zip(got, wanted, strict=True)):
+            assert_near(g, w, TOLERANCE[dtype], f"seed {seed}, output or gradient {number}")
+
+
+@pytest.mark.parametrize("tokens", [3, LONG + 5])
+def test_streams_copied_by_expansion(tokens):
+    """The embedding enters all streams as one row with stride 0."""
+    torch.manual_seed(0)
+    row = torch.randn(tokens, 6)
+    pre, post, comb = torch.rand(tokens, 4), torch.rand(tokens, 4), torch.rand(tokens, 4, 4)
+    x, y = row[:, None].expand(-1, 4, -1), torch.randn(tokens, 6)
+    torch.testing.assert_close(ops.read_streams(x, pre), row * pre.sum(-1, keepdim=True))
+    wanted = post[..., None] * y[:, None] + comb.sum(1)[..., None] * row[:, None]
+    torch.testing.assert_close(ops.mix_streams(x, y, post, comb), wanted)
+
+
+@pytest.mark.parametrize("tokens", [3, LONG + 5])
+def test_a_half_sublayer_writes_to_float32_streams(tokens):
+    """What autocast does: x, post and comb float32, y bfloat16; its gradient comes back in its own dtype."""
+    torch.manual_seed(0)
+    x, post, comb = torch.randn(tokens, 4, 6), torch.rand(tokens, 4), torch.rand(tokens, 4, 4)
+    y = torch.randn(tokens, 6, dtype=torch.bfloat16, requires_grad=True)
+    out = ops.mix_streams(x, y, post, comb)
+    torch.testing.assert_close(out, reference.mix_streams(x, y.detach().float(), post, comb))
+    out.sum().backward()
+    torch.testing.assert_close(y.grad.float()[:, 0], post.sum(-1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [3, LONG])
+@pytest.mark.parametrize("size", [80.0, 300.0])
+def test_saturated_maps_stay_finite(tokens, size):
+    """Biases far outside the range of exp: gates at their limits, gradients without NaN."""
+    n = 4
+    base = (torch.randn(n * (n + 2), generator=torch.Generator().manual_seed(0)).sign() * size).requires_grad_()
+    x, fn, scale = torch.randn(tokens, n, 3), torch.zeros(n * (n + 2), n * 3), torch.ones(3)
+    maps = ops.hyper_maps(x, fn, base, scale, True, 20, 1e-6, 1e-6)
+    wanted = reference.hyper_maps(x, fn, base, scale, True, 20, 1e-6, 1e-6)
+    for got, want in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    sum(m.sum() for m in maps).backward()
+    assert base.grad.isfinite().all()
+
+
+def test_backend_reference_switches_all_twins_off(monkeypatch):
+    monkeypatch.setenv("FOURFOLD_BACKEND", "reference")
+    for _, name in TWINS:
+        assert ops.implementation(name, "cpu", "reference") is getattr(reference, name)
+    called = []
+    monkeypatch.setattr("fourfold.ops.cpu.select_topk", lambda *a: called.append(a))
+    visible = torch.ones(1, 1, 3, dtype=torch.bool)
+    ops.implementation.cache_clear()
+    assert ops.select_topk(torch.tensor([[[0.0, 2.0, 1.0]]]), visible, 2).tolist() == [[[False, True, True]]]
+    assert not called
+    monkeypatch.setenv("FOURFOLD_BACKEND", "cpu")
+    ops.select_topk(torch.zeros(1, 1, 3), visible, 2)
+    assert called
+    ops.implementation.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["attention", "select_topk"])
+def test_unknown_backend_is_refused_by_name(name, monkeypatch):
+    monkeypatch.setenv("FOURFOLD_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="FOURFOLD_BACKEND.*abacus.*reference"):
+        getattr(ops, name)(torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool), 1)
+
+
+def test_other_devices_use_the_reference():
+    assert ops.implementation("attention", "meta", None) is reference.attention
