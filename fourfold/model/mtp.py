@@ -1,4 +1,4 @@
-"""Multi-token prediction: a block that sees the next token and guesses the one after (arXiv 2412.19437, section 2.2)."""
+"""Multi-token prediction: a block that sees the next token guesses the one after (arXiv 2412.19437, section 2.2)."""
 
 from __future__ import annotations
 

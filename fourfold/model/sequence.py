@@ -125,7 +125,6 @@ class Packed:
         )
 
 
-
 def pack(documents: Sequence[Document], *, starts: Sequence[int] | None = None, row: int | None = None) -> Packed:
     """Lays documents end to end. ``starts``: the position of each one's first token (0 unless it continues a cache).
 

@@ -1,0 +1,206 @@
+"""The lightning indexer: its scores, its selection, and how it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fourfold.model.indexer import index_loss, index_recall, index_target
+from fourfold.model.probe import Probe
+from fourfold.model.sequence import pack
+from tests.model import plain, tiny
+
+SPARSE = {
+    "indexer.mode": "sparse",
+    "indexer.n_heads": 3,
+    "indexer.head_dim": 8,
+    "indexer.topk": 4,
+    "indexer.layers_per_indexer": 2,
+    "num_hidden_layers": 5,
+}
+
+
+def indexed(**overrides):
+    return tiny.model(tiny.config(**SPARSE | overrides))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("q_lora_rank", [0, 10])
+def test_scores_by_loops(q_lora_rank):
+    """Queries from the normalised latent, LayerNorm with bias on the key, half-split rotation of the first dims."""
+    made = indexed(**{"attention.q_lora_rank": q_lora_rank})
+    indexer, rope = made.layers[2].self_attn.indexer, made.cfg.attention.qk_rope_head_dim
+    assert indexer.k_norm.eps == 1e-6
+    torch.nn.init.normal_(indexer.k_norm.bias)
+    x, latent = torch.randn(7, 24), torch.randn(7, q_lora_rank or 24)
+    q = F.linear(latent, indexer.wq_b.weight).unflatten(-1, (3, 8))
+    k = F.linear(x, indexer.wk.weight)
+    k = (k - k.mean(-1, keepdim=True)) / (k.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    k = (k * indexer.k_norm.weight + indexer.k_norm.bias)[:, None]
+    places = torch.arange(7)
+    q, k = (torch.cat([plain.rotate(t[..., :rope], places, 1e4, False), t[..., rope:]], dim=-1) for t in (q, k))
+    w = F.linear(x, indexer.weights_proj.weight) * 3**-0.5 * 8**-0.5
+    selection = indexer(x, latent, made.context(pack([tiny.text(7)]), None, None))
+    for t in range(7):
+        scores = [sum(float(w[t, h] * (q[t, h] @ k[s, 0]).clamp_min(0)) for h in range(3)) for s in range(t + 1)]
+        torch.testing.assert_close(selection.scores[0][0, t, : t + 1], torch.tensor(scores), rtol=1e-4, atol=1e-5)
+        best = sorted(range(t + 1), key=lambda s: (-float(selection.scores[0][0, t, s]), -s))[:4]
+        assert selection.chosen[0][0, t].nonzero()[:, 0].tolist() == sorted(best)
+
+
+@torch.no_grad()
+def test_a_group_of_layers_shares_one_selection():
+    made, probe = indexed(), Probe()
+    assert [i for i, b in enumerate(made.layers) if b.self_attn.indexer is not None] == [0, 2, 4]
+    made(pack([tiny.text(30)]), probe=probe)
+    chosen = [probe.selected[layer][0] for layer in range(5)]
+    assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[2], chosen[3])
+    assert not torch.equal(chosen[1], chosen[2]) and not torch.equal(chosen[3], chosen[4])
+    assert (chosen[0].sum(-1) == torch.arange(1, 31).clamp_max(4)).all()
+
+
+@torch.no_grad()
+def test_equal_scores_choose_the_most_recent_keys():
+    made, probe = indexed(), Probe()
+    made.layers[0].self_attn.indexer.weights_proj.weight.zero_()
+    made(pack([tiny.text(12)]), probe=probe)
+    assert torch.equal(probe.selected[0][0][0], torch.ones(12, 12, dtype=torch.bool).tril().triu(-3))
+
+
+@torch.no_grad()
+def test_attention_sees_the_chosen_keys_alone():
+    """With the recency rule for a selection, sparse attention is a sliding window."""
+    made = indexed(**{"num_hidden_layers": 1, "indexer.topk": 2})
+    made.layers[0].self_attn.indexer.weights_proj.weight.zero_()
+    tokens = tiny.text(10).tokens
+    before = tiny.logits(made, tiny.Document.text(tokens))
+    tokens[3] = (tokens[3] + 1) % tiny.VOCAB
+    moved = (tiny.logits(made, tiny.Document.text(tokens)) - before).abs().amax(-1) > 1e-6
+    assert moved.nonzero()[:, 0].tolist() == [3, 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("topk", [20, 21, 64])
+def test_a_selection_of_everything_is_dense(topk):
+    made, document = indexed(**{"indexer.topk": topk}), tiny.text(20)
+    sparse, decoded = tiny.logits(made, document), tiny.decode(made, [document], [[12, *[1] * 8]])[0]
+    made.set_indexer_mode("dense")
+    assert torch.equal(sparse, tiny.logits(made, document))
+    assert torch.equal(decoded, tiny.decode(made, [document], [[12, *[1] * 8]])[0])
+
+
+@torch.no_grad()
+def test_warmup_attends_densely():
+    made, document = indexed(), tiny.text(20)
+    sparse = tiny.logits(made, document)
+    made.set_indexer_mode("warmup")
+    warm = tiny.logits(made, document)
+    made.set_indexer_mode("dense")
+    assert torch.equal(warm, tiny.logits(made, document)) and not torch.equal(warm, sparse)
+
+
+def test_mode_of_a_model_without_indexers_stays_off():
+    made = tiny.model(tiny.config())
+    made.set_indexer_mode("sparse")
+    assert made.cfg.indexer.mode == "off"
+    with pytest.raises(ValueError, match="indexer.mode.*sometimes"):
+        indexed().set_indexer_mode("sometimes")
+
+
+# ---------------------------------------------------------------- learning
+
+
+def test_kl_is_zero_where_scores_match_the_target():
+    target = torch.rand(2, 5, 9) * 3  # summed over heads: not normalised
+    keys = torch.rand(2, 5, 9) < 0.6
+    keys[..., 0] = True
+    assert index_loss(target, target.log() + 7, keys).abs() < 1e-6
+    assert index_loss(target, torch.zeros_like(target), keys) > 0.01
+
+
+def test_kl_by_loops_over_the_given_keys_alone():
+    target, scores = torch.rand(2, 3, 6), torch.randn(2, 3, 6)
+    keys = torch.rand(2, 3, 6) < 0.6
+    keys[..., 2] = True
+    total = 0.0
+    for b in range(2):
+        for t in range(3):
+            on = keys[b, t]
+            p = target[b, t, on] / target[b, t, on].sum()
+            total += float((p * (p.log() - scores[b, t, on].log_softmax(-1))).sum()) / 6
+    assert float(index_loss(target, scores, keys)) == pytest.approx(total, rel=1e-5)
+
+
+def test_kl_pushes_scores_towards_the_target():
+    scores = torch.zeros(1, 1, 3, requires_grad=True)
+    index_loss(torch.tensor([[[0.7, 0.2, 0.1]]]), scores, torch.ones(1, 1, 3, dtype=torch.bool)).backward()
+    torch.testing.assert_close(scores.grad[0, 0], 1 / 3 - torch.tensor([0.7, 0.2, 0.1]))
+
+
+def test_kl_of_a_head_that_sees_nothing_of_a_key_is_finite():
+    target = torch.tensor([[[1.0, 0.0]]])
+    scores = torch.zeros(1, 1, 2, requires_grad=True)
+    loss = index_loss(target, scores, torch.ones(1, 1, 2, dtype=torch.bool))
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all()
+
+
+def test_target_and_recall():
+    probs = torch.rand(2, 4, 3, 5, requires_grad=True)
+    target = index_target(probs)
+    torch.testing.assert_close(target, probs.detach().sum(1))
+    assert not target.requires_grad
+    chosen = torch.zeros(2, 3, 5, dtype=torch.bool)
+    assert index_recall(target, chosen) == 0 and index_recall(target, ~chosen) == 1
+    chosen[..., 1] = True
+    torch.testing.assert_close(index_recall(target, chosen), (target[..., 1] / target.sum(-1)).mean())
+
+
+@pytest.mark.parametrize("mode", ["warmup", "sparse"])
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_the_kl_trains_the_indexers_and_nothing_else(mode, mtp):
+    made = indexed(**{"mtp.num_layers": mtp, "residual.kind": "mhc", "attention.q_lora_rank": 10}).train()
+    made.set_indexer_mode(mode)
+    output = made(pack([tiny.text(20), tiny.text(7)]), mtp=bool(mtp))
+    output.index_loss.backward()
+    learnt = {name for name, p in made.named_parameters() if p.grad is not None and p.grad.any()}
+    owned = {name for name, _ in made.named_parameters() if ".indexer." in name}
+    assert learnt == owned
+    assert (output.index_recall is not None) == (mode == "warmup")
+
+
+@pytest.mark.parametrize("mode", ["dense", "warmup", "sparse"])
+def test_the_language_loss_never_trains_an_indexer(mode):
+    made = indexed(**{"mtp.num_layers": 1}).train()
+    made.set_indexer_mode(mode)
+    output = made(pack([tiny.text(20)]), mtp=True)
+    (output.logits.square().sum() + output.mtp_logits.square().sum()).backward()
+    for name, p in made.named_parameters():
+        assert (p.grad is None or not p.grad.any()) == (".indexer." in name), name
+
+
+@torch.no_grad()
+def test_dense_mode_and_evaluation_measure_nothing():
+    made, packed = indexed().train(), pack([tiny.text(9)])
+    made.set_indexer_mode("dense")
+    assert made(packed).index_loss is None
+    made.set_indexer_mode("sparse")
+    assert made.eval()(packed).index_loss is None
+
+
+@torch.no_grad()
+def test_sparse_loss_is_over_the_selected_keys():
+    """Changing a score that is not selected leaves the loss as it is."""
+    made, probe = indexed(**{"num_hidden_layers": 1}).train(), Probe()
+    packed, attention = pack([tiny.text(20)]), made.layers[0].self_attn
+    loss = made(packed, probe=probe).index_loss
+    chosen, forward = probe.selected[0][0], attention.indexer.forward
+
+    def lowered(*args):
+        selection = forward(*args)
+        selection.scores[0] = selection.scores[0].masked_fill(~chosen, -123.0)
+        return selection
+
+    attention.indexer.forward = lowered
+    torch.testing.assert_close(made(packed).index_loss, loss)
