@@ -7,6 +7,7 @@ Every innovation has a value that switches it off and leaves the plain transform
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tomllib
 import types
@@ -336,7 +337,7 @@ class ModelConfig:
                 _require(isinstance(target.get(part), dict), dotted, "is not a field")
                 target = target[part]
             _require(last in target, dotted, "is not a field")
-            target[last] = value
+            target[last] = copy.deepcopy(value)  # a later override may reach into it
         return from_dict(type(self), values)
 
 

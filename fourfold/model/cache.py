@@ -133,7 +133,7 @@ class Cache:
         self._lengths = lengths
         longest = max(len(s.pages) for s in self.states)
         self._tables = torch.tensor(
-            [s.pages + [s.pages[0]] * (longest - len(s.pages)) for s in self.states], device=device
+            [s.pages + (s.pages or [0])[:1] * (longest - len(s.pages)) for s in self.states], device=device
         )
 
     def write(self, offset: int, values: Tensor) -> None:

@@ -34,7 +34,7 @@ from fourfold.weights.checkpoint import save_model, write_json
 def train(path: Path, overrides: list[str] | None = None) -> Path:
     """Runs a recipe to its end, or until Ctrl-C or SIGTERM, which save first. Returns the run directory.
 
-    Raises ConfigError or ValueError for a recipe that cannot run, FloatingPointError if the loss is not finite.
+    Raises ConfigError or ValueError for a recipe that cannot run, FloatingPointError if loss or gradient is not finite.
     """
     recipe = Recipe.load(path, overrides or [])
     console = Console(stderr=True)
@@ -47,12 +47,16 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
     model = build_model(recipe, tokenizer)
     optimizers = build_optimizers(model, recipe.optimizer)
 
+    def mixture(weights: dict[str, float]) -> Mixture:
+        return Mixture(weights, corpus, tokenizer, model.cfg.media, seed=recipe.seed)
+
     def stream(step: int, position: dict[str, Any]) -> Batches:
-        mixture = Mixture(recipe.weights_at(step), corpus, tokenizer, model.cfg.media, seed=recipe.seed)
-        batches = Batches(mixture, recipe.row, recipe.rows)
+        batches = Batches(mixture(recipe.weights_at(step)), recipe.row, recipe.rows)
         batches.restore(position)
         return batches
 
+    for phase in recipe.phases:  # a fault in a later one need not wait for its turn
+        mixture(phase.weights or recipe.weights)
     step, position = 0, {"next": 0, "held": []}
     if done := state.checkpoints(run):
         step, position = state.restore(done[-1], model, optimizers)
@@ -96,6 +100,7 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
             if interrupted.by:
                 console.print(f"{interrupted.by}: saved step {step}; run the same command to go on")
                 return run
+    model.set_indexer_mode(recipe.phases[-1].indexer)  # also where nothing was left to do
     save_model(run / "model", model.eval(), tokenizer, torch.bfloat16)
     console.print(f"done: {run / 'model'}")
     return run
@@ -119,6 +124,8 @@ def train_step(
         raise FloatingPointError(f"loss: {values} is not finite")
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
+    if not norm.isfinite():
+        raise FloatingPointError(f"grad_norm: is {float(norm)}")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -20,6 +20,14 @@ class Phase:
     mtp: float = 0.0
     weights: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        modes = ("dense", "warmup", "sparse")
+        if self.indexer not in modes:
+            raise ConfigError(f"phases.indexer: is {self.indexer!r}; choose one of {', '.join(modes)}")
+        for name in ("steps", "mtp"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"phases.{name}: must be >= 0")
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -42,6 +50,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.kind not in ("muon", "adamw"):
             raise ConfigError(f"optimizer.kind: is {self.kind!r}; choose muon or adamw")
+        if self.lr <= 0:
+            raise ConfigError("optimizer.lr: must be > 0")
         if len(self.betas) != 2:
             raise ConfigError("optimizer.betas: must be two numbers")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourfold.config import ConfigError, ModelConfig
 from fourfold.model.transformer import Model
-from fourfold.text.tokenizer import Tokenizer
+from fourfold.text.tokenizer import Tokenizer, TokenizerError
 
 BUNDLED = Path(__file__).parents[1] / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,7 +42,7 @@ def load_config(directory: Path) -> ModelConfig:
     path = Path(directory) / "config.json"
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     try:
         return ModelConfig.from_dict(values)
@@ -55,15 +55,24 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Mod
 
     Raises CheckpointError; nothing half-loaded is ever returned.
     """
+    directory = Path(directory)
     cfg = load_config(directory)
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, vocab_size is {cfg.vocab_size}"
-        )
     with torch.device("meta"):
         model = Model(cfg)
-    model.load_state_dict(read_tensors(directory / "model.safetensors", model, dtype), assign=True)
+    faults = []
+    try:
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+        if tokenizer.vocab_size > cfg.vocab_size:
+            faults.append(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, vocab_size is {cfg.vocab_size}")
+    except TokenizerError as error:
+        faults.append(str(error))
+    try:
+        tensors = read_tensors(directory / "model.safetensors", model, dtype)
+    except CheckpointError as error:
+        faults.append(str(error))
+    if faults:
+        raise CheckpointError("; ".join(faults))
+    model.load_state_dict(tensors, assign=True)
     return model.eval(), tokenizer
 
 
@@ -119,16 +128,19 @@ class atomic_directory:
         return self.partial
 
     def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
-        if failure is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        old = None
-        if self.path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-old-", dir=self.path.parent))
-            self.path.rename(old / "content")
-        self.partial.rename(self.path)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        old = self.partial.with_name(f"{self.partial.name}-old")
+        try:
+            if failure is None:
+                if self.path.exists():
+                    self.path.rename(old)
+                self.partial.rename(self.path)
+        except BaseException:
+            if old.exists() and not self.path.exists():
+                old.rename(self.path)
+            raise
+        finally:
+            for left in (self.partial, old):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

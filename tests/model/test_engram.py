@@ -83,10 +83,11 @@ def test_look_back_stops_at_sequence_start_and_at_media(max_ngram, compressed):
 
 
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 7], [2, 1, 9], [11, 1]])
-def test_look_back_continues_through_the_cache(pieces):
+@pytest.mark.parametrize("media", [True, False])
+def test_look_back_continues_through_the_cache(pieces, media):
     cfg = tiny.config(**ENGRAM | {"engram.max_ngram": 4}, media=tiny.MEDIA)
-    made, document = tiny.model(cfg), tiny.document(cfg, 12, seed=4)
-    assert (document.modality == TEXT).any() and (document.modality != TEXT).any()
+    made, document = tiny.model(cfg), tiny.document(cfg, 12, seed=4) if media else tiny.text(12)
+    assert (document.modality == TEXT).any() and (document.modality != TEXT).any() == media
     pool, state, got, start = PagePool(cfg, 4, 4), SequenceState(), [], 0
     for n in pieces:
         packed, cache = pack([document.slice(start, start + n)], starts=[start]), Cache(pool, [state])

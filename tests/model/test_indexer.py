@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fourfold.model.cache import Cache, PagePool, SequenceState
 from fourfold.model.indexer import index_loss, index_recall, index_target
 from fourfold.model.probe import Probe
 from fourfold.model.sequence import pack
@@ -58,6 +59,18 @@ def test_a_group_of_layers_shares_one_selection():
     assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[2], chosen[3])
     assert not torch.equal(chosen[1], chosen[2]) and not torch.equal(chosen[3], chosen[4])
     assert (chosen[0].sum(-1) == torch.arange(1, 31).clamp_max(4)).all()
+
+
+@torch.no_grad()
+def test_the_probe_sees_the_selection_of_prefill_and_decode_alike():
+    made, whole, document = indexed(), Probe(), tiny.text(12)
+    made(pack([document]), probe=whole)
+    pool, state = PagePool(made.cfg, 3, 4), SequenceState()
+    for start, stop in ((0, 9), (9, 10), (10, 12)):
+        part = Probe()
+        made(pack([document.slice(start, stop)], starts=[start]), cache=Cache(pool, [state]), probe=part)
+        for layer in range(5):
+            assert torch.equal(part.selected[layer][0], whole.selected[layer][0][:, start:stop, :stop])
 
 
 @torch.no_grad()

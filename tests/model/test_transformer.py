@@ -137,7 +137,7 @@ V3 = {"attention.qk_nope_head_dim": 128, "attention.qk_rope_head_dim": 64, "rope
 
 
 @pytest.mark.parametrize(
-    ("mscale", "scale"), [(1.0, 0.13523378), (0.707, 0.11472134), (0.0, 192**-0.5)], ids=["v3", "v2-lite", "none"]
+    ("mscale", "scale"), [(1.0, 0.13523378), (0.707, 0.11472139), (0.0, 192**-0.5)], ids=["v3", "v2-lite", "none"]
 )
 def test_softmax_scale_of_mla(mscale, scale):
     assert attention(**V3, **{"rope.mscale_all_dim": mscale}).scale == pytest.approx(scale, abs=1e-8)
@@ -194,3 +194,9 @@ def test_decode_is_the_same_in_either_form(threshold, monkeypatch):
 def test_config_is_what_the_model_was_made_of():
     cfg = tiny.config(**ALL)
     assert isinstance(cfg, ModelConfig) and Model(cfg).cfg == cfg
+
+
+def test_overrides_leave_the_given_table_alone():
+    table = {"image": {"patch_size": 2}, "audio": {}}
+    cfg = tiny.config(**{"media": table, "media.image": None})
+    assert cfg.media.modalities == ("audio",) and table == {"image": {"patch_size": 2}, "audio": {}}

@@ -69,6 +69,8 @@ def model(cfg: ModelConfig, seed: int = 0) -> Model:
         for name, tensor in made.state_dict().items():
             if name.endswith(("norm.weight", "q_weight", "k_weight", "scale")):
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
+                if name.endswith("scale") and cfg.residual.kind == "hc":
+                    tensor.mul_(0.2)  # free maps amplify rounding too
             elif name.endswith("bias"):
                 tensor.copy_(torch.randn_like(tensor) * 0.1)
             elif name.endswith("base"):

@@ -31,9 +31,8 @@ def rotation(tokens: int, pairs: int) -> tuple[Tensor, Tensor]:
 
 def site(doubly_stochastic: bool, n: int = N) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
     inputs = (wide(T, n, D), wide(n * (n + 2), n * D), wide(n * (n + 2)), wide(3))
-    return lambda x, fn, base, scale: reference.hyper_maps(
-        x, fn, base, scale, doubly_stochastic, 6, 1e-6, 1e-6
-    ), inputs
+    rest = (doubly_stochastic, 6, 1e-6, 1e-6)
+    return lambda x, fn, base, scale: reference.hyper_maps(x, fn, base, scale, *rest), inputs
 
 
 def cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:

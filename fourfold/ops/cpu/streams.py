@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fourfold.ops import reference
 from fourfold.ops.reference.norm import at_least_float32
 
-LONG = 256  # tokens from which a compiled pass pays
+LONG = 1024  # tokens from which a compiled pass pays: training batches, not the chunks of a server's prefill
 
 
 def _worth_compiling(x: Tensor) -> bool:

@@ -1,0 +1,295 @@
+"""Whole runs: they learn, stop on request, go on as if they had never stopped, and survive being killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fourfold.model.sequence import pack
+from fourfold.text.tokenizer import compress_vocabulary
+from fourfold.train import loop, state
+from fourfold.train.loop import train, train_step
+from fourfold.train.optim import build_optimizers
+from fourfold.train.recipe import Optimizer, Phase, Recipe
+from fourfold.weights.checkpoint import load_model
+from tests.model import tiny
+from tests.train.conftest import metrics, write_recipe
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    """The run directory of an uninterrupted run."""
+    return train(write_recipe(tmp_path_factory.mktemp("whole"), corpus, "run"))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """Parameters, buffers, moments, the place in the data and the final model, to the bit."""
+    last = f"checkpoints/step-{STEPS}"
+    assert files(run / last) == files(whole / last)
+    assert files(run / "model") == files(whole / "model")
+
+
+def untimed(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics(run)]
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_what_a_run_leaves(whole):
+    assert {p.name for p in whole.iterdir()} >= {"recipe.json", "metrics.jsonl", "tb", "checkpoints", "model"}
+    assert [p.name for p in state.checkpoints(whole)] == ["step-4", "step-6"]  # the newest two
+    assert not [p for p in (whole / "checkpoints").iterdir() if p.name.startswith(".")]
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["positions"] == 192 and line["loss"] > 0 and line["grad_norm"] > 0
+        assert 0.5 < line["gain_forward"] < 2 and line["max_violation"] >= 0
+    assert [("index_kl" in line, "index_recall" in line, "mtp_loss" in line) for line in lines] == (
+        [(False, False, False)] * 3 + [(True, True, False)] + [(True, False, True)] * 2
+    )
+
+
+def test_the_model_of_a_run_loads_and_knows_its_tokenizer(whole):
+    model, tokenizer = load_model(whole / "model")
+    compressed = compress_vocabulary(tokenizer)
+    assert model.compression.ids[: len(compressed)].tolist() == compressed
+    assert model.cfg.engram.compressed_vocab_size == max(compressed) + 1
+    assert model.cfg.indexer.mode == "sparse"
+    assert tiny.logits(model, tiny.text(9)).isfinite().all()
+
+
+def test_a_finished_run_is_left_as_it_is(whole, corpus, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    train(write_recipe(tmp_path, corpus, "run"))
+    assert_same_end(run, whole)
+    assert metrics(run) == metrics(whole)
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+def interrupt(monkeypatch, number: signal.Signals, after: int) -> None:
+    """Sends this process a signal during step ``after``."""
+    real, steps = loop.train_step, iter(range(1, 100))
+
+    def step(*args, **kwargs):
+        if next(steps) == after:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 3), (signal.SIGINT, 4), (signal.SIGINT, 6)],
+    ids=["at once", "between phases and mixtures", "after the warm-up", "at the end"],
+)
+def test_a_stopped_run_saves_and_goes_on_to_the_bit(number, after, whole, recipe, monkeypatch):
+    run, handlers = recipe.parent / "run", (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    with monkeypatch.context() as patched:
+        interrupt(patched, number, after)
+        assert train(recipe) == run
+    assert state.checkpoints(run)[-1].name == f"step-{after}" and not (run / "model").exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert train(recipe) == run
+    assert_same_end(run, whole)
+    assert untimed(run) == untimed(whole)
+
+
+def test_a_run_stopped_after_its_last_step_ends_with_the_mode_it_was_trained_in(recipe, monkeypatch):
+    short = ["phases=[{steps=2, indexer='dense'}]"]
+    with monkeypatch.context() as patched:
+        interrupt(patched, signal.SIGINT, 2)
+        train(recipe, short)
+    model, _ = load_model(train(recipe, short) / "model")
+    assert model.cfg.indexer.mode == "dense"
+
+
+def test_a_killed_run_goes_on_from_the_newest_complete_checkpoint(whole, recipe):
+    """SIGKILL in the middle of writing step 4: step 2 is whole, and the end is that of a run never killed."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from fourfold.train import loop, state\n"
+        "write, saves = state.write_json, iter(range(9))\n"
+        "def killed(path, value):\n"
+        "    if next(saves) == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    write(path, value)\n"
+        "state.write_json = killed\n"
+        "loop.train(Path(sys.argv[1]))\n"
+    )
+    run, root = recipe.parent / "run", str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], env=environment, capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+    assert [p.name for p in state.checkpoints(run)] == ["step-2"]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    train(recipe)
+    assert_same_end(run, whole)
+    assert untimed(run) == untimed(whole)
+
+
+def test_a_failed_save_leaves_the_checkpoints_as_they_were(whole, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    model, tokenizer = load_model(run / "model")
+    optimizers = build_optimizers(model, Optimizer())
+    before = files(run)
+
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        state.save(run, 8, model, tokenizer, optimizers, {}, keep=1)
+    assert files(run) == before
+
+
+def test_the_newest_checkpoint_is_by_number(tmp_path):
+    for name in ("step-2", "step-10", "step-9", ".step-11-partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    (tmp_path / "checkpoints" / "step-99").mkdir()  # not whole
+    assert [p.name for p in state.checkpoints(tmp_path)] == ["step-2", "step-9", "step-10"]
+    assert state.checkpoints(tmp_path / "nothing") == []
+
+
+def test_restoring_gives_back_every_moment(whole, tmp_path):
+    recipe = Recipe.load(write_recipe(tmp_path, tmp_path, "run"), [])
+    _, tokenizer = load_model(whole / "model")
+    model = loop.build_model(recipe, tokenizer)
+    optimizers = build_optimizers(model, recipe.optimizer)
+    step, data = state.restore(whole / "checkpoints" / "step-4", model, optimizers)
+    assert step == 4 and data["next"] > 0
+    stored = load_file(whole / "checkpoints" / "step-4" / "optimizer.safetensors")
+    names = {f"{n}.{i}.{k}" for n, o in enumerate(optimizers) for i, e in o.state_dict()["state"].items() for k in e}
+    assert names == set(stored)
+    for number, optimizer in enumerate(optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                assert torch.equal(torch.as_tensor(value), stored[f"{number}.{index}.{key}"])
+
+
+# ---------------------------------------------------------------- single steps
+
+FULL = {
+    "attention.q_lora_rank": 10,
+    "indexer.mode": "sparse",
+    "indexer.head_dim": 8,
+    "indexer.topk": 4,
+    "indexer.layers_per_indexer": 1,
+    "moe.n_routed_experts": 4,
+    "moe.num_experts_per_tok": 2,
+    "residual.kind": "mhc",
+    "engram.layer_ids": [1],
+    "engram.vocab_size": 101,
+    "mtp.num_layers": 1,
+    "initializer_range": 0.05,
+}
+
+
+def one_step_recipe(**values) -> Recipe:
+    defaults = {"out": "run", "phases": (Phase(1),), "weights": {}, "bf16": False, "balance_weight": 1e-3}
+    return Recipe(**defaults | values)
+
+
+@pytest.mark.parametrize(("kind", "bf16"), [("muon", False), ("adamw", False), ("muon", True)])
+def test_a_few_sentences_are_learnt_by_heart(kind, bf16):
+    model = tiny.model(tiny.config(**FULL))
+    optimizer = Optimizer(kind=kind, lr=1e-2)
+    recipe, phase = one_step_recipe(bf16=bf16, optimizer=optimizer), Phase(1, "sparse", 0.3)
+    optimizers = build_optimizers(model, optimizer)
+    packed = pack([tiny.text(12, seed=i) for i in range(4)])
+    losses = [train_step(model, optimizers, packed, recipe, phase)["loss"] for _ in range(25)]
+    assert losses[0] > 3.5 and losses[-1] < 0.5 * losses[0]
+
+
+def step_once(phase: Phase, **values) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
+    """All tensors of a model before and after one step."""
+    model = tiny.model(tiny.config(**FULL))
+    recipe = one_step_recipe(**values)
+    optimizers = build_optimizers(model, recipe.optimizer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    measured = train_step(model, optimizers, pack([tiny.text(20)]), recipe, phase)
+    return before, model.state_dict(), measured
+
+
+def test_the_warmup_trains_the_indexers_and_nothing_else():
+    before, after, measured = step_once(Phase(1, "warmup"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    indexers = {name for name in before if ".indexer." in name and not name.startswith("mtp.")}
+    assert moved == indexers
+    assert measured["index_kl"] > 0 and 0 < measured["index_recall"] <= 1
+
+
+def test_dense_training_leaves_the_indexers_alone():
+    before, after, measured = step_once(Phase(1, "dense", 0.3))
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {name for name in before if ".indexer." in name or name == "compression.ids"}
+    assert "index_kl" not in measured and measured["mtp_loss"] > 0
+
+
+def test_selection_biases_follow_the_loads():
+    before, after, _ = step_once(Phase(1))
+    speed = tiny.config(**FULL).moe.bias_update_speed
+    change = after["layers.1.mlp.gate.bias"] - before["layers.1.mlp.gate.bias"]
+    assert change.abs().max() == pytest.approx(speed, rel=1e-3)
+
+
+def test_gradients_are_clipped(monkeypatch):
+    """What the optimizers see is of the length ``clip``; what is reported is the length before."""
+    seen = []
+
+    def watch(self, closure=None):
+        seen.extend(p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    _, _, measured = step_once(Phase(1), optimizer=Optimizer(clip=1e-2, kind="adamw"))
+    assert measured["grad_norm"] > 0.1
+    assert float(torch.stack(seen).norm()) == pytest.approx(1e-2, rel=1e-3)
+
+
+@pytest.mark.parametrize("indexer", ["dense", "warmup", "sparse"])
+def test_a_loss_that_is_not_finite_ends_the_run(indexer):
+    model = tiny.model(tiny.config(**FULL))
+    with torch.no_grad():
+        model.embed_tokens.weight[:, 0] = float("nan")
+    recipe = one_step_recipe()
+    optimizers = build_optimizers(model, recipe.optimizer)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="loss"):
+        train_step(model, optimizers, pack([tiny.text(20)]), recipe, Phase(1, indexer))
+    assert all(torch.equal(p.nan_to_num(), b.nan_to_num()) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_spoils_the_weights():
+    """The loss can be finite where its gradient is not."""
+    model = tiny.model(tiny.config(**FULL))
+    recipe = one_step_recipe()
+    optimizers = build_optimizers(model, recipe.optimizer)
+    model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(FloatingPointError, match="grad"):
+        train_step(model, optimizers, pack([tiny.text(20)]), recipe, Phase(1))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_telemetry_by_value():
+    output = type("Output", (), {"loads": {"a": torch.tensor([[4, 0, 0, 0], [4, 4, 4, 0]])}})()
+    values = loop.telemetry(output, None)
+    assert values == {"max_violation": pytest.approx(1.0), "dead_experts": 1.0}

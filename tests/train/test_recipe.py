@@ -1,0 +1,121 @@
+"""Recipes: what they hold, what they refuse, and how the learning rate moves."""
+
+from __future__ import annotations
+
+import pytest
+
+from fourfold.config import ConfigError
+from fourfold.train.loop import train
+from fourfold.train.recipe import Optimizer, Phase, Recipe
+
+
+def made(**values) -> Recipe:
+    defaults = {"out": "run", "phases": (Phase(3), Phase(2, "sparse", 0.3)), "weights": {"arithmetic": 1.0}}
+    return Recipe(**defaults | values)
+
+
+def test_a_recipe_is_read_with_its_overrides(recipe):
+    got = Recipe.load(recipe, ["rows=3", "optimizer.kind=adamw", "model.residual.kind=plain", "model.mtp.num_layers=0"])
+    assert got.rows == 3 and got.row == 192 and got.optimizer.kind == "adamw" and got.optimizer.lr == 1e-2
+    assert [p.steps for p in got.phases] == [3, 1, 2] and got.steps == 6
+    cfg = got.config()
+    assert cfg.residual.kind == "plain" and cfg.mtp.num_layers == 0 and cfg.hidden_size == 16
+    assert cfg.residual.hc_mult == 2 and cfg.media.audio is not None  # the rest is the recipe's and the preset's
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("colour=red", "colour"),
+        ("optimizer.lrr=1.0", "optimizer.lrr"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("optimizer.kind=sgd", "optimizer.kind.*muon or adamw"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.lr=0.0", "optimizer.lr"),
+        ("rows=0", "rows"),
+        ("rows=1.5", "rows"),
+        ("row=-1", "row"),
+        ("keep=0", "keep"),
+        ("phases=[]", "phases"),
+        ("phases=[{}]", "phases.steps"),
+        ("phases=[{steps=1, indexer='sometimes'}]", "indexer.*sometimes"),
+        ("phases=[{steps=1, indexer='off'}]", "indexer.*off"),
+        ("phases=[{steps=1, stepz=2}]", "phases.stepz"),
+        ("phases=[{steps=-1}]", "steps"),
+        ("out.deeper=1", "out.deeper"),
+        ("rows", "key=value"),
+        ("=3", "key=value"),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(recipe, override, named):
+    with pytest.raises(ConfigError, match=named):
+        Recipe.load(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.hidden_sizes=3", "hidden_sizes"),
+        ("model.residual.kind=loose", "residual.kind"),
+        ("preset=nowhere", "nowhere"),
+        ("weights.juggling=1.0", "juggling"),
+        ("weights.arithmetic=-1.0", "mixture.arithmetic"),
+        ("phases=[{steps=2}, {steps=1, weights={juggling=1.0}}]", "juggling"),
+        ("corpus=/nowhere", "/nowhere"),
+        ("tokenizer=/nowhere/tokenizer.json", "/nowhere/tokenizer.json"),
+        ("row=3", "row"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_first_step(recipe, override, named):
+    with pytest.raises(ValueError, match=named):
+        train(recipe, [override])
+    logged = recipe.parent / "run" / "metrics.jsonl"
+    assert not logged.exists() or not logged.read_text()
+
+
+def test_a_recipe_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.toml cannot be read"):
+        Recipe.load(tmp_path / "nothing.toml", [])
+    (tmp_path / "bad.toml").write_text("rows = ")
+    with pytest.raises(ConfigError, match="bad.toml cannot be read"):
+        Recipe.load(tmp_path / "bad.toml", [])
+    (tmp_path / "few.toml").write_text('out = "x"')
+    with pytest.raises(ConfigError, match="phases: is missing"):
+        Recipe.load(tmp_path / "few.toml", [])
+
+
+def test_phases_follow_each_other():
+    recipe = made()
+    assert [recipe.phase(step).indexer for step in range(6)] == ["dense"] * 3 + ["sparse"] * 2 + ["sparse"]
+    assert [recipe.phase(step).mtp for step in (2, 3)] == [0.0, 0.3]
+
+
+def test_a_mixture_holds_until_the_next():
+    a, b, c = {"arithmetic": 1.0}, {"shapes": 1.0}, {"tones": 1.0}
+    phases = (Phase(2), Phase(2, weights=b), Phase(1), Phase(2, weights=c))
+    recipe = made(phases=phases, weights=a)
+    assert [recipe.weights_at(step) for step in range(7)] == [a, a, b, b, b, c, c]
+    assert made(phases=(Phase(1, weights=b),), weights=a).weights_at(0) == b
+
+
+def test_a_recipe_becomes_plain_data():
+    values = made().to_dict()
+    assert values["phases"][1]["mtp"] == 0.3 and values["optimizer"]["betas"] == (0.9, 0.95)
+
+
+def test_learning_rate_by_value():
+    """Linear up over 4 steps, flat, linear down over the last half to lr_end."""
+    cfg = Optimizer(lr=1.0, lr_end=0.2, warmup_steps=4, decay_share=0.5)
+    scales = [cfg.lr_scale(step, 20) for step in range(20)]
+    assert scales[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert scales[4:11] == pytest.approx([1.0] * 7)
+    assert scales[11:] == pytest.approx([0.2 + 0.8 * left / 10 for left in range(9, 0, -1)])
+    assert cfg.lr_scale(20, 20) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("warmup", "share"), [(0, 0.0), (0, 1.0), (1, 0.5)])
+def test_learning_rate_at_its_limits(warmup, share):
+    cfg = Optimizer(lr=2.0, lr_end=0.5, warmup_steps=warmup, decay_share=share)
+    scales = [cfg.lr_scale(step, 8) for step in range(8)]
+    assert scales[0] == 1.0 and scales == sorted(scales, reverse=True) and scales[-1] >= 0.25
+    assert (scales[-1] == 1.0) == (share == 0.0)
