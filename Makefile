@@ -5,7 +5,7 @@ TORCH    ?= torch==2.13.0
 HOST     ?= 127.0.0.1
 PORT     ?= 8000
 MODEL    ?= nano
-COVERAGE ?= 85
+COVERAGE ?= 90
 
 VENV := .venv
 BIN  := $(VENV)/bin

@@ -297,6 +297,11 @@ class ModelConfig:
                 f"has {layer}, outside 0..{self.num_hidden_layers - 1}",
             )
         _require(
+            not self.engram.layer_ids or 0 <= self.engram.pad_token_id < self.vocab_size,
+            "engram.pad_token_id",
+            f"must be between 0 and vocab_size - 1 ({self.vocab_size - 1})",
+        )
+        _require(
             self.engram.compressed_vocab_size <= self.vocab_size,
             "engram.compressed_vocab_size",
             f"must be at most vocab_size ({self.vocab_size})",

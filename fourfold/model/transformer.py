@@ -116,6 +116,8 @@ class Model(nn.Module):
         mtp, balance: compute also the logits and the loss of that name.
         Raises CacheFull, or ValueError if a sequence outgrows ``max_position_embeddings`` or has a foreign modality.
         """
+        if logits not in ("all", "last", "target"):
+            raise ValueError(f"logits: is {logits!r}; choose all, last or target")
         ctx = self.context(packed, cache, probe)
         ctx.balance = balance
         streams = self.embed(packed)

@@ -78,4 +78,5 @@ def weighted_cross_entropy(logits: Tensor, packed: Packed, targets: Tensor) -> t
     """The loss to follow, and the plain mean in nats per target to report. logits: [M, V]; targets: int64 [T]."""
     losses = F.cross_entropy(logits, targets[targets != IGNORE], reduction="none")
     weights = answer_weights(packed, targets)
-    return (losses * weights).sum() / weights.sum(), losses.detach().mean()
+    # a batch without targets has no loss and no gradient
+    return (losses * weights).sum() / weights.sum().clamp_min(1e-9), losses.detach().sum() / max(1, len(losses))

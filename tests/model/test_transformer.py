@@ -9,7 +9,7 @@ from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model import mla as mla_module
 from fourfold.model.cache import Cache, PagePool, SequenceState
-from fourfold.model.context import Window
+from fourfold.model.context import Selection, Window
 from fourfold.model.sequence import IGNORE, Document, pack
 from fourfold.model.transformer import Model
 from tests.model import tiny
@@ -164,7 +164,7 @@ def test_naive_and_absorbed_are_one_function(mode, seed):
     ctx = made.context(pack([tiny.text(queries)] * b), None, None)
     if mode == "sparse":
         scores = torch.randn(b, queries, keys)
-        ctx.selection = mla_module_selection(scores, ops.select_topk(scores, visible, 4))
+        ctx.selection = Selection([scores], [ops.select_topk(scores, visible, 4)])
     q_nope = torch.randn(b, queries, a.num_attention_heads, a.qk_nope_head_dim)
     q_rope = torch.randn(b, queries, a.num_attention_heads, a.qk_rope_head_dim)
     entries = torch.randn(b, keys, a.kv_lora_rank + a.qk_rope_head_dim)
@@ -172,12 +172,6 @@ def test_naive_and_absorbed_are_one_function(mode, seed):
     absorbed = layer.absorbed(q_nope, q_rope, entries, window, 0, ctx)
     assert naive.shape == (b, queries, a.num_attention_heads, a.v_head_dim)
     torch.testing.assert_close(absorbed, naive, rtol=0, atol=1e-5)
-
-
-def mla_module_selection(scores: torch.Tensor, chosen: torch.Tensor) -> mla_module.Context:
-    from fourfold.model.context import Selection
-
-    return Selection([scores], [chosen])
 
 
 @torch.no_grad()
