@@ -31,6 +31,8 @@ def build_optimizers(model: nn.Module, cfg: Optimizer) -> list[torch.optim.Optim
             groups["indexers"].append(parameter)
         elif name.startswith("engrams.") and name.endswith("embed.weight"):
             groups["tables"].append(parameter)
+        elif name.endswith(("q_weight", "k_weight", "conv.weight")):  # per stream and channel, but no matrices
+            groups["vectors"].append(parameter)
         elif name in ("embed_tokens.weight", "lm_head.weight") or name.endswith("delimiters"):
             groups["embeddings"].append(parameter)
         else:

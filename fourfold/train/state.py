@@ -35,10 +35,12 @@ def save(
 ) -> Path:
     """Writes ``step-N`` after ``step`` steps and removes all but the newest ``keep``."""
     path = run / "checkpoints" / f"step-{step}"
+    for partial in path.parent.glob(".step-*"):  # of a save that was killed
+        shutil.rmtree(partial, ignore_errors=True)
     moments = {}
-    for number, optimizer in enumerate(optimizers):
+    for optimizer, names in zip(optimizers, _names(model, optimizers), strict=True):
         for index, entry in optimizer.state_dict()["state"].items():
-            moments |= {f"{number}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+            moments |= {f"{names[index]}:{key}": torch.as_tensor(value) for key, value in entry.items()}
     with atomic_directory(path) as partial:
         save_model(partial / "model", model, tokenizer)
         save_file(moments, partial / "optimizer.safetensors")
@@ -51,11 +53,18 @@ def save(
 def restore(path: Path, model: Model, optimizers: list[torch.optim.Optimizer]) -> tuple[int, dict[str, Any]]:
     """Loads a checkpoint into model and optimizers. Returns the steps done and the state of the data stream."""
     model.load_state_dict(read_tensors(path / "model" / "model.safetensors", model, torch.float32))
-    entries: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
+    entries: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(path / "optimizer.safetensors").items():
-        number, index, key = name.split(".", 2)
-        entries[int(number)].setdefault(int(index), {})[key] = tensor
-    for optimizer, entry in zip(optimizers, entries, strict=True):
-        optimizer.load_state_dict({"state": entry, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter, key = name.rsplit(":", 1)
+        entries.setdefault(parameter, {})[key] = tensor
+    for optimizer, names in zip(optimizers, _names(model, optimizers), strict=True):
+        found = {index: entries[name] for index, name in enumerate(names) if name in entries}
+        optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
     state = json.loads((path / "state.json").read_text())
     return state["step"], state["data"]
+
+
+def _names(model: Model, optimizers: list[torch.optim.Optimizer]) -> list[list[str]]:
+    """The parameter names of each optimizer, in its own order."""
+    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[by_id[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]

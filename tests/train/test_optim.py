@@ -125,7 +125,6 @@ def test_every_parameter_has_the_rule_of_its_kind(kind):
             assert rule == matrix, name
 
 
-@pytest.mark.xfail(reason="they count as matrices: orthogonalised and decayed towards zero", strict=True)
 @pytest.mark.parametrize("name", ["q_weight", "k_weight", "conv.weight"])
 def test_norm_weights_and_taps_of_the_memory_are_no_matrices(name):
     """One norm weight or one row of taps per stream and channel: vectors, whatever their number of axes."""
