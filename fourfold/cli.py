@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _json(plan)
 
     evaluate = command("eval", _eval, "measure a model with a suite")
-    evaluate.add_argument("suite", metavar="SUITE", help="module of fourfold.eval, for example needle")
+    evaluate.add_argument("suite", metavar="SUITE", help="module of fourfold.eval: media or bpb")
     evaluate.add_argument("--model", default="nano", metavar="MODEL", help="nano or a directory (default: nano)")
     evaluate.add_argument("--length", type=int, help="tokens of a test item")
     evaluate.add_argument("--task", help="one task of the suite")
