@@ -142,7 +142,8 @@ def test_a_traceback_can_be_had(monkeypatch, capsys):
 
 def test_an_interrupt_ends_with_130_and_no_traceback():
     code = """
-import sys, fourfold.cli, fourfold.serve.local
+import signal, sys, fourfold.cli, fourfold.serve.local
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 print("ready", flush=True)
 sys.exit(fourfold.cli.main(["generate", "--prompt", "-"]))
 """
