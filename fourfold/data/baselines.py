@@ -22,7 +22,9 @@ TRAIN_ITEMS = 10000
 Method = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
-def baseline(name: str, corpus: Corpus, n: int = 200, seed: int = 0) -> dict[str, float]:
+def baseline(
+    name: str, corpus: Corpus, n: int = 200, seed: int = 0, train_items: int = TRAIN_ITEMS
+) -> dict[str, float]:
     """Accuracies on ``suite(name, corpus, n, seed)``.
 
     majority: the commonest training answer; blind: the commonest to this very question, media unseen;
@@ -32,7 +34,7 @@ def baseline(name: str, corpus: Corpus, n: int = 200, seed: int = 0) -> dict[str
     test = suite(name, corpus, n, seed)
     make = SUITES[name].train
     train = (
-        make(corpus, np.random.default_rng([seed, 1]), TRAIN_ITEMS if _media(test[0]) is not None else 3000)
+        make(corpus, np.random.default_rng([seed, 1]), train_items if _media(test[0]) is not None else 3000)
         if make
         else []
     )
