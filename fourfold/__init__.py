@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fourfold.config import ConfigError, ModelConfig
+from fourfold.config import ModelConfig
+from fourfold.fields import ConfigError
 
 if TYPE_CHECKING:
     from fourfold.model.transformer import Model

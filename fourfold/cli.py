@@ -302,7 +302,8 @@ class _Chat:
 
 def _config(target: str) -> ModelConfig:
     """The configuration of a preset or of a model directory."""
-    from fourfold.config import PRESETS, ConfigError, ModelConfig
+    from fourfold.config import PRESETS, ModelConfig
+    from fourfold.fields import ConfigError
 
     if (PRESETS / f"{target}.toml").is_file():
         return ModelConfig.preset(target)
@@ -449,7 +450,7 @@ def _bytes(count: float) -> str:
 def _train(args: argparse.Namespace) -> None:
     if not args.recipe.is_file():
         raise ValueError(f"RECIPE.toml: {args.recipe} is not a file")
-    from fourfold.config import parse_override
+    from fourfold.fields import parse_override
 
     for override in args.overrides:
         parse_override(override)  # a slip of the pen is told before torch is loaded

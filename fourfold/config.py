@@ -2,7 +2,8 @@
 
 Every innovation has a value that switches it off and leaves the plain transformer:
 ``residual.kind = "plain"``, ``engram.layer_ids = []``, ``indexer.mode = "off"``,
-``moe.n_routed_experts = 0``, ``mtp.num_layers = 0``, ``media.image = media.video = media.audio = None``.
+``moe.n_routed_experts = 0``, ``mtp.num_layers = 0``, ``drafter.num_layers = 0``,
+``media.image = media.video = media.audio = media.vision = None``.
 """
 
 from __future__ import annotations
@@ -10,71 +11,142 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-T = typing.TypeVar("T")
+from fourfold.fields import choose, from_dict, require
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 
 
-class ConfigError(ValueError):
-    """A field that is unknown, of the wrong type or out of its limits; the message names the field."""
-
-
-def _require(condition: bool, name: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: {message}")
-
-
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions and their YaRN extension (arXiv 2309.00071)."""
+    """Rotary positions and their extension: YaRN (arXiv 2309.00071), linear, or that of Llama 3."""
 
     theta: float = 10000.0
-    factor: float = 1.0  # YaRN; 1 means none
+    scaling: str = "yarn"
+    factor: float = 1.0  # 1: no extension, whatever the scaling
     original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
+    beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
-    mscale_all_dim: float = 0.0  # > 0 sharpens the softmax with the extension
+    mscale_all_dim: float = 0.0  # yarn: > 0 sharpens the softmax with the extension
+    attention_factor: float = 1.0  # yarn: multiplies cosines and sines
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
-        _require(self.theta > 0, "rope.theta", "must be > 0")
-        _require(self.factor >= 1, "rope.factor", "must be >= 1")
+        require(self.theta > 0, "rope.theta", "must be > 0")
+        require(self.factor >= 1, "rope.factor", "must be >= 1")
+        choose("rope.scaling", self.scaling, ("yarn", "linear", "llama3"))
+        require(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            "rope.low_freq_factor",
+            f"must be between 0 and high_freq_factor ({self.high_freq_factor})",
+        )
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """``mla``: multi-head latent attention (arXiv 2405.04434). ``gqa``: grouped-query attention."""
+    """How positions read one another.
+
+    ``mla``: multi-head latent attention (arXiv 2405.04434). ``gqa``: grouped-query attention.
+    ``compressed``: a window beside pooled entries of everything older, CSA and HCA (arXiv 2606.19348).
+    ``csa2``: the same with entries and selections shared by layers (DeepSeek-V4.1).
+    """
 
     kind: str = "mla"
     num_attention_heads: int = 4
+    # mla, compressed, csa2
+    q_lora_rank: int = 0  # 0 (mla): queries straight from the hidden state, as V2-Lite
+    qk_rope_head_dim: int = 16
     # mla
-    q_lora_rank: int = 0  # 0: queries straight from the hidden state, as V2-Lite
     kv_lora_rank: int = 64
     qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
     v_head_dim: int = 32
+    # gqa, compressed, csa2
+    head_dim: int = 32
     # gqa
     num_key_value_heads: int = 4
-    head_dim: int = 32
+    qkv_bias: bool = False
+    # compressed, csa2
+    o_groups: int = 1
+    o_lora_rank: int = 32
+    sliding_window: int = 128
+    compress_ratios: tuple[int, ...] = ()  # of each layer; 0: the window alone
+    csa_ratio: int = 4  # compressed: layers of this ratio overlap their groups and select entries
+    # csa2
+    kv_source_layer_ids: tuple[int, ...] = ()
+    index_source_layer_ids: tuple[int, ...] = ()
+    candidate_source_layer_id: int = -1  # -1: every index layer looks at all entries
+    candidate_topk_blocks: int = 2048
+    candidate_block_size: int = 8
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("mla", "gqa"), "attention.kind", f"is {self.kind!r}; choose mla or gqa")
-        for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "num_key_value_heads"):
-            _require(getattr(self, name) > 0, f"attention.{name}", "must be > 0")
+        choose("attention.kind", self.kind, ("mla", "gqa", "compressed", "csa2"))
+        positive = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "num_key_value_heads")
+        for name in (*positive, "o_groups", "o_lora_rank", "sliding_window", "csa_ratio"):
+            require(getattr(self, name) > 0, f"attention.{name}", "must be > 0")
+        for name in ("candidate_topk_blocks", "candidate_block_size"):
+            require(getattr(self, name) > 0, f"attention.{name}", "must be > 0")
         for name in ("qk_rope_head_dim", "head_dim"):
-            _require(
-                getattr(self, name) % 2 == 0 and getattr(self, name) > 0, f"attention.{name}", "must be even and > 0"
-            )
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0 or self.kind != "gqa",
+            size = getattr(self, name)
+            require(size % 2 == 0 and size > 0, f"attention.{name}", "must be even and > 0")
+        heads = self.num_attention_heads
+        require(
+            heads % self.num_key_value_heads == 0 or self.kind != "gqa",
             "attention.num_key_value_heads",
-            f"must divide num_attention_heads ({self.num_attention_heads})",
+            f"must divide num_attention_heads ({heads})",
         )
+        if not self.is_compressed:
+            return
+        require(self.q_lora_rank > 0, "attention.q_lora_rank", f"must be > 0 for kind {self.kind!r}")
+        require(heads % self.o_groups == 0, "attention.o_groups", f"must divide num_attention_heads ({heads})")
+        require(
+            self.qk_rope_head_dim <= self.head_dim,
+            "attention.qk_rope_head_dim",
+            f"must be at most head_dim ({self.head_dim})",
+        )
+        require(all(r >= 0 for r in self.compress_ratios), "attention.compress_ratios", "must be >= 0")
+        if self.kind == "csa2":
+            self._check_sources()
+
+    def _check_sources(self) -> None:
+        compressing = [layer for layer, ratio in enumerate(self.compress_ratios) if ratio]
+        for name in ("kv_source_layer_ids", "index_source_layer_ids"):
+            sources = getattr(self, name)
+            require(list(sources) == sorted(set(sources)), f"attention.{name}", "must ascend")
+            require(
+                set(sources) <= set(compressing), f"attention.{name}", "has a layer whose compress_ratios entry is 0"
+            )
+            require(sources[:1] == tuple(compressing[:1]), f"attention.{name}", "must begin with the first such layer")
+        require(
+            set(self.kv_source_layer_ids) <= set(self.index_source_layer_ids),
+            "attention.index_source_layer_ids",
+            "must hold every kv source",
+        )
+        ratio_of = self.compress_ratios
+        for layer in compressing:
+            source = max(s for s in self.kv_source_layer_ids if s <= layer)
+            require(
+                ratio_of[layer] == ratio_of[source],
+                "attention.compress_ratios",
+                f"layer {layer} has {ratio_of[layer]}, the source {source} of its entries {ratio_of[source]}",
+            )
+        require(
+            self.candidate_source_layer_id == -1 or self.candidate_source_layer_id in self.index_source_layer_ids,
+            "attention.candidate_source_layer_id",
+            "must be -1 or an index source",
+        )
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.kind in ("compressed", "csa2")
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        return self.head_dim if self.kind == "gqa" else self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
@@ -92,10 +164,9 @@ class IndexerConfig:
     layers_per_indexer: int = 4
 
     def __post_init__(self) -> None:
-        modes = ("off", "dense", "warmup", "sparse")
-        _require(self.mode in modes, "indexer.mode", f"is {self.mode!r}; choose one of {', '.join(modes)}")
+        choose("indexer.mode", self.mode, ("off", "dense", "warmup", "sparse"))
         for name in ("n_heads", "head_dim", "topk", "layers_per_indexer"):
-            _require(getattr(self, name) > 0, f"indexer.{name}", "must be > 0")
+            require(getattr(self, name) > 0, f"indexer.{name}", "must be > 0")
 
 
 @dataclass(frozen=True)
@@ -108,38 +179,44 @@ class MoEConfig:
     moe_intermediate_size: int = 128
     first_k_dense_replace: int = 1
     scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"  # a group is worth its two best experts; group_limited_greedy: its best; greedy
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    num_hash_layers: int = 0  # the first layers choose experts by a table of token ids
+    swiglu_limit: float = 0.0  # > 0: bounds the gate from above and the up projection on both sides
     bias_update_speed: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("n_routed_experts", "n_shared_experts", "first_k_dense_replace"):
-            _require(getattr(self, name) >= 0, f"moe.{name}", "must be >= 0")
-        _require(self.moe_intermediate_size > 0, "moe.moe_intermediate_size", "must be > 0")
+        for name in (
+            "n_routed_experts",
+            "n_shared_experts",
+            "first_k_dense_replace",
+            "num_hash_layers",
+            "swiglu_limit",
+        ):
+            require(getattr(self, name) >= 0, f"moe.{name}", "must be >= 0")
+        require(self.moe_intermediate_size > 0, "moe.moe_intermediate_size", "must be > 0")
         if not self.n_routed_experts:
             return
-        scorings = ("sigmoid", "sqrtsoftplus", "softmax")
-        _require(
-            self.scoring_func in scorings,
-            "moe.scoring_func",
-            f"is {self.scoring_func!r}; choose one of {', '.join(scorings)}",
-        )
-        _require(
+        choose("moe.scoring_func", self.scoring_func, ("sigmoid", "sqrtsoftplus", "softmax"))
+        choose("moe.topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
+        require(self.n_group == 1 or self.topk_method != "greedy", "moe.n_group", "must be 1 for topk_method 'greedy'")
+        require(
             0 < self.num_experts_per_tok <= self.n_routed_experts,
             "moe.num_experts_per_tok",
             f"must be between 1 and n_routed_experts ({self.n_routed_experts})",
         )
-        _require(
+        require(
             self.n_group >= 1 and self.n_routed_experts % self.n_group == 0,
             "moe.n_group",
             f"must divide n_routed_experts ({self.n_routed_experts})",
         )
-        _require(
+        require(
             1 <= self.topk_group <= self.n_group, "moe.topk_group", f"must be between 1 and n_group ({self.n_group})"
         )
-        _require(
+        require(
             self.num_experts_per_tok <= self.topk_group * (self.n_routed_experts // self.n_group),
             "moe.topk_group",
             "keeps fewer experts than num_experts_per_tok",
@@ -148,7 +225,8 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """``plain``; ``hc``: free hyper-connections; ``mhc``: doubly stochastic mixing (arXiv 2512.24880)."""
+    """``plain``; ``hc``: free hyper-connections; ``mhc``: doubly stochastic mixing (arXiv 2512.24880);
+    ``mhc_single_pass``: each site reads with the weights that the site before it computed (DeepSeek-V4.1)."""
 
     kind: str = "plain"
     hc_mult: int = 4
@@ -156,10 +234,9 @@ class ResidualConfig:
     hc_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        kinds = ("plain", "hc", "mhc")
-        _require(self.kind in kinds, "residual.kind", f"is {self.kind!r}; choose one of {', '.join(kinds)}")
-        _require(self.hc_mult >= 1, "residual.hc_mult", "must be >= 1")
-        _require(self.hc_sinkhorn_iters >= 1, "residual.hc_sinkhorn_iters", "must be >= 1")
+        choose("residual.kind", self.kind, ("plain", "hc", "mhc", "mhc_single_pass"))
+        require(self.hc_mult >= 1, "residual.hc_mult", "must be >= 1")
+        require(self.hc_sinkhorn_iters >= 1, "residual.hc_sinkhorn_iters", "must be >= 1")
 
     @property
     def streams(self) -> int:
@@ -181,9 +258,9 @@ class EngramConfig:
     short_conv: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.max_ngram >= 2, "engram.max_ngram", "must be >= 2")
+        require(self.max_ngram >= 2, "engram.max_ngram", "must be >= 2")
         for name in ("n_heads", "head_dim", "vocab_size"):
-            _require(getattr(self, name) > 0, f"engram.{name}", "must be > 0")
+            require(getattr(self, name) > 0, f"engram.{name}", "must be > 0")
 
 
 @dataclass(frozen=True)
@@ -191,9 +268,35 @@ class MTPConfig:
     """Multi-token prediction (arXiv 2412.19437): extra blocks that predict the token after the next."""
 
     num_layers: int = 0
+    normed_input: bool = False  # V3: reads the trunk behind its final norm
 
     def __post_init__(self) -> None:
-        _require(self.num_layers in (0, 1), "mtp.num_layers", "must be 0 or 1")
+        require(self.num_layers in (0, 1), "mtp.num_layers", "must be 0 or 1")
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """DSpark: blocks that draft ``block_size`` tokens at once from features of the trunk (DeepSeek-V4.1)."""
+
+    num_layers: int = 0
+    block_size: int = 5
+    noise_token_id: int = 0
+    target_layer_ids: tuple[int, ...] = ()
+    markov_rank: int = 256
+    n_routed_experts: int = 128
+    num_experts_per_tok: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.num_layers:
+            return
+        for name in ("num_layers", "block_size", "markov_rank", "n_routed_experts"):
+            require(getattr(self, name) > 0, f"drafter.{name}", "must be > 0")
+        require(bool(self.target_layer_ids), "drafter.target_layer_ids", "must name a layer")
+        require(
+            0 < self.num_experts_per_tok <= self.n_routed_experts,
+            "drafter.num_experts_per_tok",
+            f"must be between 1 and n_routed_experts ({self.n_routed_experts})",
+        )
 
 
 @dataclass(frozen=True)
@@ -204,8 +307,8 @@ class ImageConfig:
     max_patches: int = 64
 
     def __post_init__(self) -> None:
-        _require(self.patch_size > 0, "media.image.patch_size", "must be > 0")
-        _require(self.max_patches > 0, "media.image.max_patches", "must be > 0")
+        require(self.patch_size > 0, "media.image.patch_size", "must be > 0")
+        require(self.max_patches > 0, "media.image.max_patches", "must be > 0")
 
     @property
     def features(self) -> int:
@@ -222,12 +325,12 @@ class VideoConfig:
     max_patches: int = 16  # per tubelet slice
 
     def __post_init__(self) -> None:
-        _require(self.patch_size > 0, "media.video.patch_size", "must be > 0")
-        _require(self.tubelet_frames > 0, "media.video.tubelet_frames", "must be > 0")
-        _require(
+        require(self.patch_size > 0, "media.video.patch_size", "must be > 0")
+        require(self.tubelet_frames > 0, "media.video.tubelet_frames", "must be > 0")
+        require(
             self.max_frames % self.tubelet_frames == 0, "media.video.max_frames", "must be a multiple of tubelet_frames"
         )
-        _require(self.max_patches > 0, "media.video.max_patches", "must be > 0")
+        require(self.max_patches > 0, "media.video.max_patches", "must be > 0")
 
     @property
     def features(self) -> int:
@@ -245,11 +348,43 @@ class AudioConfig:
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "n_mels", "frames_per_token", "max_seconds"):
-            _require(getattr(self, name) > 0, f"media.audio.{name}", "must be > 0")
+            require(getattr(self, name) > 0, f"media.audio.{name}", "must be > 0")
 
     @property
     def features(self) -> int:
         return self.n_mels * self.frames_per_token
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """An image tower of its own and the aligner into the decoder (DeepSeek-V4.1), in place of ``media.image``."""
+
+    num_hidden_layers: int = 32
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    intermediate_size: int = 2816
+    patch_size: int = 14
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    downsample: int = 3  # patches on a side of what becomes one token
+    max_image_tokens: int = 1024
+    min_pixels: int = 295936
+    image_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if f.name != "image_token_id":
+                require(getattr(self, f.name) > 0, f"media.vision.{f.name}", "must be > 0")
+        require(
+            self.hidden_size % (4 * self.num_attention_heads) == 0,
+            "media.vision.hidden_size",
+            f"must be a multiple of 4 x num_attention_heads ({4 * self.num_attention_heads})",
+        )
+
+    @property
+    def features(self) -> int:
+        """Numbers of one token: the pixels of its ``downsample`` x ``downsample`` patches."""
+        return 3 * (self.patch_size * self.downsample) ** 2
 
 
 @dataclass(frozen=True)
@@ -260,13 +395,20 @@ class MediaConfig:
     image: ImageConfig | None = None
     video: VideoConfig | None = None
     audio: AudioConfig | None = None
+    vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
-        _require(self.hidden_size > 0, "media.hidden_size", "must be > 0")
+        require(self.hidden_size > 0, "media.hidden_size", "must be > 0")
+        require(self.image is None or self.vision is None, "media.vision", "cannot stand beside media.image")
+
+    @property
+    def embedded(self) -> tuple[str, ...]:
+        """The modalities that enter through embedders, without a tower."""
+        return tuple(name for name in ("image", "video", "audio") if getattr(self, name) is not None)
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(name for name in ("image", "video", "audio") if getattr(self, name) is not None)
+        return ("image", *self.embedded) if self.vision is not None else self.embedded
 
 
 @dataclass(frozen=True)
@@ -278,51 +420,67 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
+    compress_rope: RopeConfig = field(default_factory=RopeConfig)  # of the layers that compress
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     residual: ResidualConfig = field(default_factory=ResidualConfig)
     engram: EngramConfig = field(default_factory=EngramConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     media: MediaConfig = field(default_factory=MediaConfig)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
-            _require(getattr(self, name) > 0, name, "must be > 0")
+            require(getattr(self, name) > 0, name, "must be > 0")
         for layer in self.engram.layer_ids:
-            _require(
+            require(
                 0 <= layer < self.num_hidden_layers,
                 "engram.layer_ids",
                 f"has {layer}, outside 0..{self.num_hidden_layers - 1}",
             )
-        _require(
+        require(
             not self.engram.layer_ids or 0 <= self.engram.pad_token_id < self.vocab_size,
             "engram.pad_token_id",
             f"must be between 0 and vocab_size - 1 ({self.vocab_size - 1})",
         )
-        _require(
+        require(
             self.engram.compressed_vocab_size <= self.vocab_size,
             "engram.compressed_vocab_size",
             f"must be at most vocab_size ({self.vocab_size})",
         )
-        _require(
-            self.indexer.mode == "off" or self.attention.kind == "mla",
-            "indexer.mode",
-            "needs attention.kind = 'mla'",
-        )
-        _require(
-            self.indexer.mode == "off" or self.indexer.head_dim >= self.attention.qk_rope_head_dim,
+        a = self.attention
+        require(self.indexer.mode == "off" or a.kind != "gqa", "indexer.mode", "must be 'off' for attention.kind 'gqa'")
+        require(
+            self.indexer.mode == "off" or self.indexer.head_dim >= a.qk_rope_head_dim,
             "indexer.head_dim",
-            f"must be at least attention.qk_rope_head_dim ({self.attention.qk_rope_head_dim})",
+            f"must be at least attention.qk_rope_head_dim ({a.qk_rope_head_dim})",
         )
+        require(
+            not a.is_compressed or len(a.compress_ratios) == self.num_hidden_layers,
+            "attention.compress_ratios",
+            f"has {len(a.compress_ratios)} entries, there are {self.num_hidden_layers} layers",
+        )
+        require(
+            not self.moe.num_hash_layers or not self.media.modalities,
+            "moe.num_hash_layers",
+            "must be 0 in a model that reads media: only text has token ids to route by",
+        )
+        for layer in self.drafter.target_layer_ids:
+            require(
+                0 <= layer < self.num_hidden_layers,
+                "drafter.target_layer_ids",
+                f"has {layer}, outside 0..{self.num_hidden_layers - 1}",
+            )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
         """The named preset; ``overrides`` are dotted fields, e.g. ``**{"residual.kind": "plain"}``."""
         path = (PRESETS / f"{name}.toml").resolve()
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
-        _require(path.is_file() and path.parent == PRESETS, "preset", f"{name!r} is unknown; choose one of {known}")
+        require(path.is_file() and path.parent == PRESETS, "preset", f"{name!r} is unknown; choose one of {known}")
         return cls.from_dict(tomllib.loads(path.read_text())).replace(**overrides)
 
     @classmethod
@@ -339,52 +497,8 @@ class ModelConfig:
             *path, last = dotted.split(".")
             target = values
             for part in path:
-                _require(isinstance(target.get(part), dict), dotted, "is not a field")
+                require(isinstance(target.get(part), dict), dotted, "is not a field")
                 target = target[part]
-            _require(last in target, dotted, "is not a field")
+            require(last in target, dotted, "is not a field")
             target[last] = copy.deepcopy(value)  # a later override may reach into it
         return from_dict(type(self), values)
-
-
-def from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """Builds a dataclass from plain data; unknown fields and wrong types raise :class:`ConfigError`."""
-    _require(isinstance(values, dict), prefix or cls.__name__, "must be a table")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        _require(name in fields, f"{prefix}{name}", f"is not a field; known: {', '.join(fields)}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        _require(name in values or not required, f"{prefix}{name}", "is missing")
-    return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
-    if typing.get_origin(hint) is tuple:
-        _require(isinstance(value, (list, tuple)), name, "must be a list")
-        return tuple(_convert(typing.get_args(hint)[0], item, name) for item in value)
-    if typing.get_origin(hint) is dict:
-        _require(isinstance(value, dict), name, "must be a table")
-        return {key: _convert(typing.get_args(hint)[1], item, f"{name}.{key}") for key, item in value.items()}
-    if hint is Any:
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    _require(type(value) is hint, name, f"must be of type {hint.__name__}, not {type(value).__name__}")
-    return value
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """``"moe.n_routed_experts=0"`` -> ``("moe.n_routed_experts", 0)``; values are TOML, bare words are strings."""
-    key, equals, value = text.partition("=")
-    _require(bool(equals and key), text, "write key=value")
-    try:
-        return key.strip(), tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold.config import PRESETS, ConfigError, ModelConfig, parse_override
+from fourfold.config import PRESETS, ModelConfig
+from fourfold.fields import ConfigError, parse_override
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
 MINIMAL = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16}
@@ -81,10 +82,10 @@ def test_an_override_of_no_field_names_it(dotted):
         ({"hidden_size": "wide"}, "hidden_size: must be of type int, not str"),
         ({"hidden_size": True}, "hidden_size: must be of type int, not bool"),
         ({"hidden_size": 8.0}, "hidden_size: must be of type int, not float"),
-        ({"attention.kind": "linear"}, "attention.kind: is 'linear'; choose mla or gqa"),
+        ({"attention.kind": "linear"}, "attention.kind: is 'linear'; choose one of mla, gqa, compressed, csa2"),
         ({"attention.qk_rope_head_dim": 7}, "attention.qk_rope_head_dim: must be even"),
         ({"attention.kind": "gqa", "attention.num_key_value_heads": 3}, "attention.num_key_value_heads: must divide"),
-        ({"attention.kind": "gqa"}, "indexer.mode: needs attention.kind = 'mla'"),
+        ({"attention.kind": "gqa"}, "indexer.mode: must be 'off' for attention.kind 'gqa'"),
         ({"indexer.mode": "fast"}, "indexer.mode: is 'fast'"),
         ({"indexer.head_dim": 8}, "indexer.head_dim: must be at least attention.qk_rope_head_dim (16)"),
         ({"indexer.topk": 0}, "indexer.topk: must be > 0"),
@@ -106,7 +107,7 @@ def test_an_override_of_no_field_names_it(dotted):
         ({"media.image.patch_size": 0}, "media.image.patch_size: must be > 0"),
         ({"media.audio.max_seconds": 0}, "media.audio.max_seconds: must be > 0"),
         ({"media.image": 3}, "media.image.: must be a table"),
-        ({"media": {"smell": {}}}, "media.smell: is not a field; known: hidden_size, image, video, audio"),
+        ({"media": {"smell": {}}}, "media.smell: is not a field; known: hidden_size, image, video, audio, vision"),
     ],
 )
 def test_a_bad_value_names_the_field_and_the_limit(overrides, message):

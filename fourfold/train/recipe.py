@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourfold.config import ConfigError, ModelConfig, from_dict, parse_override
+from fourfold.config import ModelConfig
+from fourfold.fields import ConfigError, from_dict, parse_override
 
 
 @dataclass(frozen=True)

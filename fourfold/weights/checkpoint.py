@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fourfold.config import ConfigError, ModelConfig
+from fourfold.config import ModelConfig
+from fourfold.fields import ConfigError
 from fourfold.model.transformer import Model
 from fourfold.text.tokenizer import Tokenizer, TokenizerError
 

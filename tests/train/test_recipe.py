@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fourfold.config import ConfigError
+from fourfold.fields import ConfigError
 from fourfold.train.loop import train
 from fourfold.train.recipe import Optimizer, Phase, Recipe
 
