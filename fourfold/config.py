@@ -85,9 +85,8 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         choose("attention.kind", self.kind, ("mla", "gqa", "compressed", "csa2"))
         positive = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "num_key_value_heads")
-        for name in (*positive, "o_groups", "o_lora_rank", "sliding_window", "csa_ratio"):
-            require(getattr(self, name) > 0, f"attention.{name}", "must be > 0")
-        for name in ("candidate_topk_blocks", "candidate_block_size"):
+        positive += ("o_groups", "o_lora_rank", "sliding_window", "csa_ratio")
+        for name in (*positive, "candidate_topk_blocks", "candidate_block_size"):
             require(getattr(self, name) > 0, f"attention.{name}", "must be > 0")
         for name in ("qk_rope_head_dim", "head_dim"):
             size = getattr(self, name)
@@ -189,13 +188,8 @@ class MoEConfig:
     bias_update_speed: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in (
-            "n_routed_experts",
-            "n_shared_experts",
-            "first_k_dense_replace",
-            "num_hash_layers",
-            "swiglu_limit",
-        ):
+        counts = ("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "num_hash_layers")
+        for name in (*counts, "swiglu_limit"):
             require(getattr(self, name) >= 0, f"moe.{name}", "must be >= 0")
         require(self.moe_intermediate_size > 0, "moe.moe_intermediate_size", "must be > 0")
         if not self.n_routed_experts:

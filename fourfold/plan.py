@@ -23,7 +23,8 @@ NOT_MODELLED = (
     "time to compute (the FLOPs are given, no FLOP/s assumed), kernel launches, sampling and tokenizing",
     "activations, the allocator's waste, the page tables of the cache and the runtime itself",
     "reading the prompt, and the media embedders that it may need",
-    "speculative decoding with the MTP block",
+    "speculative decoding with the MTP block or the drafter",
+    "the shorter way of csa2 through a prompt, whose later layers need but the entries and a last window",
     "transfers between memories: each byte is priced at the bandwidth of the memory it rests in",
     "routing that is not uniform: real experts are not equally popular",
     "the engine of this release keeps a whole model in one memory; a split describes the hardware, not the engine",
@@ -69,6 +70,7 @@ class Plan:
     batch: int
     weights: dict[str, int]
     cache_bytes_per_token: int
+    cache_bytes_per_sequence: int
     memories: tuple[Memory, ...]
     parts: tuple[Part, ...]
     missing: int
@@ -146,6 +148,7 @@ def plan(
         batch=batch,
         weights={dtype: sum(counts.weight_bytes(cfg, dtype).values()) for dtype in ("bf16", "int8", "int4")},
         cache_bytes_per_token=counts.cache_bytes_per_token(cfg)["total"],
+        cache_bytes_per_sequence=counts.cache_bytes_per_sequence(cfg),
         memories=memories,
         parts=parts,
         missing=missing,
@@ -168,20 +171,26 @@ def _weights_demand(cfg: ModelConfig, quant: str, batch: int) -> dict[str, tuple
         "routed_experts": 1.0 - untouched,
         "engram_tables": min(batch * rows / max(counts.engram_rows(cfg), 1), 1.0),
         "mtp": 0.0,
+        "drafter": 0.0,
         "media": 0.0,
     }
     return {name: (size, size * share.get(name, 1.0)) for name, size in sizes.items() if size}
 
 
 def _cache_demand(cfg: ModelConfig, context: int, batch: int) -> dict[str, tuple[int, float]]:
+    """As ``_weights_demand``. Layers that share entries read them once each."""
     per_token = counts.cache_bytes_per_token(cfg)
-    tokens = context * batch
-    attended = min(context, cfg.indexer.topk) if cfg.indexer.mode == "sparse" else context
-    demand = {"cache_attention": (per_token["attention"] * tokens, float(per_token["attention"] * attended * batch))}
-    if per_token["indexer"]:
-        scored = tokens if cfg.indexer.mode != "dense" else 0
-        demand["cache_indexer"] = (per_token["indexer"] * tokens, float(per_token["indexer"] * scored))
-    return demand
+    sizes = {
+        "cache_attention": per_token["attention"] * context,
+        "cache_indexer": per_token["indexer"] * context,
+        "cache_tails": counts.cache_bytes_per_sequence(cfg),
+    }
+    read = dict.fromkeys(sizes, 0)
+    for r in counts.reads(cfg):
+        name = "cache_tails" if r.tail else f"cache_{r.part}"
+        read[name] += r.rows(context) * r.width * (counts.TAIL_BYTES if r.tail else counts.CACHE_BYTES["bf16"])
+    read["cache_tails"] = min(read["cache_tails"], sizes["cache_tails"])  # the newest position is not in it yet
+    return {name: (size * batch, float(read[name] * batch)) for name, size in sizes.items() if size}
 
 
 def _place(demands: dict[str, tuple[int, float]], memories: tuple[Memory, ...]) -> tuple[Part, ...]:
@@ -214,6 +223,6 @@ def _assumptions(memories: tuple[Memory, ...], quant: str) -> tuple[str, ...]:
         f"bandwidths: {speeds} (arguments, not measured)",
         "a step reads each active weight once for the whole batch, and each sequence's attended cache once",
         "routed experts: uniform and independent choices, so a batch B touches 1 - (1 - k/E)^B of them",
-        "the cache is bf16, every sequence as long as the context; the indexer reads all its keys",
+        "the cache is bf16 (tails fp32), every sequence as long as the context; the indexer reads all its keys",
         *([scales[quant]] if quant in scales else []),
     )

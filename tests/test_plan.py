@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.config import ModelConfig
-from fourfold.counts import cache_bytes_per_token, weight_bytes
+from fourfold.config import PRESETS, ModelConfig
+from fourfold.counts import cache_bytes_per_sequence, cache_bytes_per_token, weight_bytes
 from fourfold.plan import parse_size, plan
 
 GiB = 1024**3
@@ -77,6 +77,34 @@ def test_the_trillion_parameter_model_does_not_fit_a_laptop_and_says_by_how_much
 def test_the_cache_never_rests_on_disk():
     found = plan(NANO, disk=GiB, context=4096)
     assert found.missing == 4096 * cache_bytes_per_token(NANO)["total"]
+
+
+def test_a_compressing_model_keeps_entries_and_tails():
+    cfg = ModelConfig.preset("v4-flash")
+    found = plan(cfg, quant="int4", context=2**20, batch=3, vram=24 * GiB, ram=512 * GiB)
+    parts = {part.name: part for part in found.parts}
+    per_token = cache_bytes_per_token(cfg)
+    assert parts["cache_attention"].size == 3 * 2**20 * per_token["attention"]
+    assert parts["cache_indexer"].size == parts["cache_indexer"].read == 3 * 2**20 * per_token["indexer"]
+    assert parts["cache_tails"].size == 3 * cache_bytes_per_sequence(cfg) == 3 * found.cache_bytes_per_sequence
+    selected_and_all = 21 * 512 + 20 * (2**20 // 128)
+    assert parts["cache_attention"].read == 3 * 2 * 512 * selected_and_all
+    assert parts["cache_tails"].read == 3 * 4 * 43 * 128 * 512
+    assert found.fits and set(parts["compressor"].placed) == {"vram"}
+
+
+def test_what_drafts_is_kept_and_not_read():
+    parts = {part.name: part for part in plan(ModelConfig.preset("v4.1-flash"), disk=10**13).parts}
+    assert parts["drafter"].read == 0 < parts["drafter"].size
+    assert parts["engram_tables"].read == pytest.approx(2 * 2 * 24 * 256)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.toml")))
+def test_every_preset_can_be_planned(name):
+    cfg = ModelConfig.preset(name)
+    for context in (1, cfg.max_position_embeddings):
+        found = plan(cfg, quant="int4", context=context, ram=2000 * GiB)
+        assert found.fits and found.tokens_per_second > 0
 
 
 def test_a_batch_shares_what_it_reads_of_the_experts():

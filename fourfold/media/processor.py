@@ -16,6 +16,7 @@ from fourfold.media.audio import audio_patches, token_seconds
 from fourfold.media.image import image_patches
 from fourfold.media.limits import MediaError
 from fourfold.media.video import video_patches
+from fourfold.media.vision import vision_patches
 from fourfold.model.sequence import END, IGNORE, MODALITIES, NEWLINE, NO_MARK, START, TEXT, Document, Patches
 
 PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
@@ -36,7 +37,9 @@ class DocumentBuilder:
 
     def __init__(self, media_config: MediaConfig, tokenizer: SpecialTokens) -> None:
         self.config = media_config
-        self._ids = {name: tokenizer.special(PLACEHOLDERS[name]) for name in media_config.modalities}
+        self._ids = {name: tokenizer.special(PLACEHOLDERS[name]) for name in media_config.embedded}
+        if media_config.vision is not None:
+            self._ids["image"] = media_config.vision.image_token_id
         self._length = 0
         self._tokens: list[np.ndarray] = []
         self._modality: list[np.ndarray] = []
@@ -51,7 +54,10 @@ class DocumentBuilder:
 
     def image(self, image: np.ndarray) -> None:
         """uint8 [H, W, 3]."""
-        values, coords, (rows, cols) = image_patches(image, self._require("image"))
+        if self.config.vision is not None:
+            values, coords, (rows, cols) = vision_patches(image, self.config.vision)
+        else:
+            values, coords, (rows, cols) = image_patches(image, self._require("image"))
         row = [NO_MARK] * cols + [NEWLINE]
         self._span("image", [START, *row * rows, END], values, coords)
 

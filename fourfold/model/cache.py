@@ -1,12 +1,15 @@
-"""The latent cache: a list of pages.
+"""The latent cache: a list of pages, and a short tail.
 
-A page holds ``page_size`` positions of all layers (latent, rotary key and index key, or k and v) in one
-contiguous block, so that the same bytes can lie in VRAM, in RAM or on disk. A full page never changes again
-and may be shared by all sequences with the same prefix.
+A page holds ``page_size`` positions of all layers in one contiguous block, so that the same bytes can lie in
+VRAM, in RAM or on disk: latent, rotary key and index key, or k and v, of each position; or one entry for every
+``ratio`` positions where a layer compresses. A full page never changes again and may be shared by all sequences
+with the same prefix. What compressing layers need of the last few positions alone (their window, and what they
+have not pooled yet) is the tail, one flat row per sequence.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +22,82 @@ class CacheFull(RuntimeError):
     """No free page is left; the message says how many were wanted."""
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where a page keeps one kind of row: ``width`` numbers for every ``ratio`` positions.
+
+    They begin at number ``start * page_size``: ``start`` counts numbers per position, so it may be a fraction.
+    """
+
+    start: float
+    width: int
+    ratio: int = 1
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Where a sequence's tail keeps ``rows`` rows of ``width`` numbers: those of its last positions."""
+
+    start: int
+    width: int
+    rows: int
+
+
+@dataclass
+class Layout:
+    """What is kept of a sequence, by name.
+
+    slots: "layers.N.kv" and "layers.N.index"; tails: "layers.N.window", "layers.N.pool" and "layers.N.index_pool".
+    ``multiple``: what page_size must be a multiple of.
+    """
+
+    slots: dict[str, Slot] = field(default_factory=dict)
+    tails: dict[str, Tail] = field(default_factory=dict)
+    multiple: int = 1
+    per_position: float = 0.0  # numbers in a page for each position
+    tail_width: int = 0
+
+    def add_slot(self, name: str, width: int, ratio: int = 1) -> None:
+        self.slots[name] = Slot(self.per_position, width, ratio)
+        self.per_position += width / ratio
+        self.multiple = math.lcm(self.multiple, ratio)
+
+    def add_tail(self, name: str, width: int, rows: int) -> None:
+        self.tails[name] = Tail(self.tail_width, width, rows)
+        self.tail_width += width * rows
+
+
+def layout(cfg: ModelConfig) -> Layout:
+    """The cache layout of a model: plain slots for ``mla`` and ``gqa``, entries and tails for the others."""
+    kept = Layout()
+    if cfg.attention.is_compressed:
+        _lay_out_compressed(cfg, kept)
+        return kept
+    for layer in range(cfg.num_hidden_layers):
+        kept.add_slot(f"layers.{layer}.kv", attention_width(cfg))
+    for layer in indexer_layers(cfg):
+        kept.add_slot(f"layers.{layer}.index", cfg.indexer.head_dim)
+    return kept
+
+
+def _lay_out_compressed(cfg: ModelConfig, kept: Layout) -> None:
+    a, index = cfg.attention, cfg.indexer
+    for layer, ratio in enumerate(a.compress_ratios):
+        kept.add_tail(f"layers.{layer}.window", a.head_dim, a.sliding_window - 1)
+        if not ratio or (a.kind == "csa2" and layer not in a.kv_source_layer_ids):
+            continue
+        kept.add_slot(f"layers.{layer}.kv", a.head_dim, ratio)
+        overlaps = a.kind == "compressed" and ratio == a.csa_ratio
+        pending = 2 * ratio - 1 if overlaps else ratio - 1
+        kept.add_tail(f"layers.{layer}.pool", (4 if overlaps else 2) * a.head_dim, pending)
+        if index.mode != "off" and (overlaps or a.kind == "csa2"):
+            kept.add_slot(f"layers.{layer}.index", index.head_dim, ratio)
+            if overlaps:
+                kept.add_tail(f"layers.{layer}.index_pool", 4 * index.head_dim, pending)
+
+
 def attention_width(cfg: ModelConfig) -> int:
-    """Numbers cached per position by one attention layer."""
+    """Numbers cached per position by one ``mla`` or ``gqa`` layer."""
     a = cfg.attention
     return a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.num_key_value_heads * a.head_dim
 
@@ -30,21 +107,23 @@ def indexer_layers(cfg: ModelConfig) -> list[int]:
     return [] if cfg.indexer.mode == "off" else list(range(0, cfg.num_hidden_layers, cfg.indexer.layers_per_indexer))
 
 
-def token_width(cfg: ModelConfig) -> int:
-    """Numbers cached per position by the whole model."""
-    return cfg.num_hidden_layers * attention_width(cfg) + len(indexer_layers(cfg)) * cfg.indexer.head_dim
-
-
 @dataclass
 class SequenceState:
     """One sequence in the cache: its pages in order, how many positions they hold, and which tokens.
 
-    history: the token id of each cached position, -1 where it is not text (n-grams do not cross those).
+    history: the token id of each cached position, -1 where it is not text (n-grams do not cross those);
+    tail: float32 [tail_width], None before the first position.
     """
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
     history: list[int] = field(default_factory=list)
+    tail: Tensor | None = field(default=None, compare=False)
+
+
+def page_numbers(kept: Layout, page_size: int) -> int:
+    """Numbers in a page."""
+    return round(kept.per_position * page_size)
 
 
 class PagePool:
@@ -58,12 +137,23 @@ class PagePool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if n_pages < 1 or page_size < 1:
-            raise ValueError(f"PagePool: n_pages ({n_pages}) and page_size ({page_size}) must be at least 1")
+        self.layout = layout(cfg)
+        if n_pages < 1 or page_size < 1 or page_size % self.layout.multiple:
+            raise ValueError(
+                f"PagePool: n_pages ({n_pages}) must be at least 1, "
+                f"page_size ({page_size}) a multiple of {self.layout.multiple}"
+            )
         self.page_size = page_size
-        self.data = torch.zeros(n_pages, page_size, token_width(cfg), dtype=dtype, device=device)
+        self.data = torch.zeros(n_pages, page_numbers(self.layout, page_size), dtype=dtype, device=device)
         self._references = [0] * n_pages
         self._free = list(range(n_pages - 1, -1, -1))
+
+    def view(self, name: str) -> Tensor:
+        """The rows of one slot in all pages: [n_pages, page_size / ratio, width]."""
+        slot = self.layout.slots[name]
+        rows = self.page_size // slot.ratio
+        start = round(slot.start * self.page_size)
+        return self.data[:, start : start + rows * slot.width].unflatten(1, (rows, slot.width))
 
     @property
     def free(self) -> int:
@@ -123,31 +213,52 @@ class Cache:
         if len(lengths) != len(self.states):
             raise ValueError(f"cache: {len(lengths)} sequences in the batch, {len(self.states)} in the cache")
         self.pool.require(sum(self.pool.missing(state, n) for state, n in zip(self.states, lengths, strict=True)))
-        size = self.pool.page_size
-        slots = []
         for state, n in zip(self.states, lengths, strict=True):
             self.pool.reserve(state, n)
-            slots += [state.pages[p // size] * size + p % size for p in range(state.length, state.length + n)]
-        device = self.pool.data.device
-        self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        size, device = self.pool.page_size, self.pool.data.device
+        grown = [(s, p) for s, n in zip(self.states, lengths, strict=True) for p in range(s.length, s.length + n)]
+        self._pages = torch.tensor([s.pages[p // size] for s, p in grown], dtype=torch.int64, device=device)
+        self._rows = torch.tensor([p % size for _, p in grown], dtype=torch.int64, device=device)
         self._lengths = lengths
         longest = max(len(s.pages) for s in self.states)
         self._tables = torch.tensor(
-            [s.pages + (s.pages or [0])[:1] * (longest - len(s.pages)) for s in self.states], device=device
+            [s.pages + (s.pages or [0])[:1] * (longest - len(s.pages)) for s in self.states],
+            dtype=torch.int64,
+            device=device,
         )
+        if width := self.pool.layout.tail_width:
+            fresh = torch.zeros(width, device=device)
+            self._tails = torch.stack([fresh if s.tail is None else s.tail for s in self.states])
+            self._new_tails = self._tails.clone()
 
-    def write(self, offset: int, values: Tensor) -> None:
-        """Stores ``values`` [T, w] of the new positions at columns offset..offset+w."""
-        flat = self.pool.data.view(-1, self.pool.data.shape[-1])
-        flat[self._slots, offset : offset + values.shape[1]] = values.detach().to(flat.dtype)
+    def write(self, name: str, values: Tensor) -> None:
+        """Stores ``values`` [T, w] of the new positions in a slot of ratio 1."""
+        self.pool.view(name)[self._pages, self._rows] = values.detach().to(self.pool.data.dtype)
 
-    def read(self, sequences: Tensor, length: int, offset: int, width: int) -> Tensor:
-        """Columns offset..offset+width of the first ``length`` positions of ``sequences`` [B]: [B, length, width].
+    def write_entries(self, name: str, values: Tensor, sequences: Tensor, entries: Tensor) -> None:
+        """Stores ``values`` [M, w], the entries number ``entries`` [M] of ``sequences`` [M]."""
+        per_page = self.pool.page_size // self.pool.layout.slots[name].ratio
+        pages = self._tables[sequences, entries // per_page]
+        self.pool.view(name)[pages, entries % per_page] = values.detach().to(self.pool.data.dtype)
+
+    def read(self, name: str, sequences: Tensor, count: int) -> Tensor:
+        """The first ``count`` rows (or entries) of ``sequences`` [B]: [B, count, width].
 
         A shorter sequence is filled up with other pages' numbers, which the caller masks.
         """
-        tables = self._tables[sequences, : self.pool.pages_for(length)]
-        return self.pool.data[tables, :, offset : offset + width].flatten(1, 2)[:, :length]
+        per_page = self.pool.page_size // self.pool.layout.slots[name].ratio
+        tables = self._tables[sequences, : -(-count // per_page)]
+        return self.pool.view(name)[tables].flatten(1, 2)[:, :count]
+
+    def tail(self, name: str, sequences: Tensor) -> Tensor:
+        """float32 [B, rows, width]: what ``keep`` stored for ``sequences`` [B], zeros where nothing was."""
+        t = self.pool.layout.tails[name]
+        return self._tails[sequences, t.start : t.start + t.rows * t.width].unflatten(1, (t.rows, t.width))
+
+    def keep(self, name: str, sequences: Tensor, values: Tensor) -> None:
+        """What ``tail`` will give from the next forward on. values: [B, rows, width]."""
+        t = self.pool.layout.tails[name]
+        self._new_tails[sequences, t.start : t.start + t.rows * t.width] = values.detach().float().flatten(1)
 
     def history(self, sequence: int, n: int) -> list[int]:
         """The last ``n`` token ids before the new positions of a sequence; fewer at its start."""
@@ -155,6 +266,8 @@ class Cache:
 
     def commit(self, tokens: list[list[int]]) -> None:
         """The new positions now count; ``tokens``: their ids per sequence, -1 where not text."""
-        for state, n, ids in zip(self.states, self._lengths, tokens, strict=True):
+        for number, (state, n, ids) in enumerate(zip(self.states, self._lengths, tokens, strict=True)):
             state.length += n
             state.history += ids
+            if self.pool.layout.tail_width:
+                state.tail = self._new_tails[number]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fourfold import ops
+from fourfold.config import RopeConfig
 from fourfold.model.cache import Cache
 from fourfold.model.probe import Probe
 from fourfold.model.sequence import Packed
@@ -14,15 +17,33 @@ from fourfold.model.sequence import Packed
 
 @dataclass
 class Window:
-    """B groups of L queries each that attend together.
+    """B groups of L queries each that attend together; each group continues its own past.
 
-    rows: int64 [B, L] on the packed axis; visible: bool [B, L, S]; sequences: int64 [B] when the keys come
-    from the cache (S positions of it), else None and the keys are the rows themselves (S = L).
+    rows: int64 [B, L] on the packed axis; past: int64 [B], positions before the first row; sequences: int64 [B]
+    when the past comes from the cache, else None; ids: int64 [B, L] where a row of the batch holds several
+    sequences, else None.
     """
 
     rows: Tensor
-    visible: Tensor
+    past: Tensor
     sequences: Tensor | None = None
+    ids: Tensor | None = None
+
+    @cached_property
+    def length(self) -> int:
+        """S: keys that the longest group may see."""
+        return int(self.past.max()) + self.rows.shape[1]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [B, L]: how far into its group each query is."""
+        return self.past[:, None] + torch.arange(self.rows.shape[1], device=self.rows.device)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """bool [B, L, S]: each query sees its own past and itself."""
+        causal = torch.arange(self.length, device=self.rows.device) <= self.positions[..., None]
+        return causal if self.ids is None else causal & (self.ids[:, :, None] == self.ids[:, None, :])
 
 
 @dataclass
@@ -34,31 +55,78 @@ class Selection:
 
 
 @dataclass
+class SharedEntries:
+    """What a source layer of CSA2 leaves to those after it, for each window: its entries [B, n, D], their index keys
+    [B, n, d], and bool [B, L, n] the candidates, none as long as all entries are."""
+
+    values: list[Tensor]
+    keys: list[Tensor]
+    candidates: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Rotary:
+    """Rotary tables of the packed positions, cos and sin float32 [T, dim/2], and of any others on demand."""
+
+    frequencies: Tensor
+    factor: float
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def of(positions: Tensor, dim: int, rope: RopeConfig) -> Rotary:
+        frequencies = ops.rope_frequencies(dim, rope).to(positions.device)
+        return Rotary(
+            frequencies, rope.attention_factor, *ops.rope_tables(positions, frequencies, rope.attention_factor)
+        )
+
+    def turn(self, x: Tensor, back: bool = False) -> Tensor:
+        """The last dimensions of x [T, ..., D] turned by their positions, or ``back``, as interleaved pairs."""
+        return self._turn(x, self.cos, -self.sin if back else self.sin)
+
+    def turn_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The last dimensions of x [..., D] turned by ``positions`` [...]."""
+        cos, sin = ops.rope_tables(positions.flatten(), self.frequencies, self.factor)
+        return self._turn(x.flatten(0, -2), cos, sin).view_as(x)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        still, turned = x.split([x.shape[-1] - 2 * len(self.frequencies), 2 * len(self.frequencies)], dim=-1)
+        return torch.cat([still, ops.apply_rope(turned, cos, sin)], dim=-1)
+
+
+@dataclass
 class Context:
-    """One forward pass. ``selection`` is set by the layer that owns an indexer and read by its group."""
+    """One forward pass.
+
+    ``selection`` is set by the layer that owns an indexer and read by its group, as ``shared`` by a source of entries;
+    ``read_weights`` [T, n] by a site of the single-pass residual for the next one, None before the first.
+    """
 
     packed: Packed
     windows: list[Window]
-    cos: Tensor
-    sin: Tensor
+    rotary: Rotary
+    compress_rotary: Rotary
     cache: Cache | None = None
     probe: Probe | None = None
     balance: bool = False  # whether the sequence-wise balance loss is wanted
     selection: Selection | None = None
+    shared: SharedEntries | None = None
+    read_weights: Tensor | None = None
     index_losses: list[Tensor] = field(default_factory=list)
     index_recalls: list[Tensor] = field(default_factory=list)
     loads: dict[str, Tensor] = field(default_factory=dict)
     balance_losses: list[Tensor] = field(default_factory=list)
 
 
-def windows(packed: Packed, cache: Cache | None) -> list[Window]:
-    """Groups the packed axis for attention: rows of equal length together, each query seeing its own past."""
+def windows(packed: Packed, cache: Cache | None, by_sequence: bool = False) -> list[Window]:
+    """Groups the packed axis for attention: sequences of equal length together.
+
+    Without a cache, rows of a batch may stand for the sequences in them, unless they are wanted ``by_sequence``.
+    """
     total, device = len(packed), packed.tokens.device
-    if cache is None and packed.row is not None:
+    if cache is None and packed.row is not None and not by_sequence:
         rows = torch.arange(total, device=device).view(-1, packed.row)
-        ids = packed.sequence_ids[rows]
-        causal = torch.ones(packed.row, packed.row, dtype=torch.bool, device=device).tril()
-        return [Window(rows, (ids[:, :, None] == ids[:, None, :]) & causal)]
+        return [Window(rows, torch.zeros_like(rows[:, 0]), ids=packed.sequence_ids[rows])]
     starts, lengths = packed.cu_seqlens[:-1].tolist(), packed.cu_seqlens.diff().tolist()
     groups: dict[int, list[int]] = {}
     for sequence, length in enumerate(lengths):
@@ -68,10 +136,8 @@ def windows(packed: Packed, cache: Cache | None) -> list[Window]:
     for length, members in groups.items():
         sequences = torch.tensor(members, device=device)
         rows = torch.tensor([starts[s] for s in members], device=device)[:, None] + torch.arange(length, device=device)
-        past = torch.zeros(len(members), dtype=torch.int64, device=device)
+        past = torch.zeros_like(sequences)
         if cache is not None:
             past = torch.tensor([cache.states[s].length for s in members], device=device)
-        keys = torch.arange(int(past.max()) + length, device=device)
-        last = past[:, None] + torch.arange(length, device=device)
-        result.append(Window(rows, keys <= last[:, :, None], sequences if cache is not None else None))
+        result.append(Window(rows, past, sequences if cache is not None else None))
     return result

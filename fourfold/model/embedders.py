@@ -1,7 +1,7 @@
 """Early fusion: patches of pixels, tubelets and sound frames become rows of the same width as token embeddings.
 
 There is no encoder: two linear maps with a nonlinearity between them, plus a linear map of where and when the
-patch was, trained with everything else from the first step.
+patch was, trained with everything else from the first step. Images may pass a tower instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.config import MediaConfig
-from fourfold.model.sequence import MODALITIES, NO_MARK, TEXT, Packed
+from fourfold.model.sequence import MODALITIES, NO_MARK, TEXT, Packed, Patches
+from fourfold.model.vision import Aligner, VisionTower, embed_images
 
 COORD_FREQUENCIES = 8  # per axis; sine and cosine of time, row and column: 48 features
 COORD_PERIODS = (2.0, 512.0)  # shortest and longest, in patches (time: in tenths of a second)
@@ -52,24 +53,41 @@ class MediaEmbedder(nn.Module):
 
     def __init__(self, cfg: MediaConfig, dim: int) -> None:
         super().__init__()
-        parts = {m: getattr(cfg, m) for m in cfg.modalities}
+        parts = {m: getattr(cfg, m) for m in cfg.embedded}
         self.embedders = nn.ModuleDict({m: Embedder(part.features, cfg.hidden_size, dim) for m, part in parts.items()})
+        self.modalities = cfg.modalities
+        if cfg.vision is not None:
+            self.tower, self.aligner = VisionTower(cfg.vision), Aligner(cfg.vision, dim)
+            self.image_delimiters = nn.Parameter(torch.empty(3, dim))  # START, NEWLINE, END
 
     def forward(self, rows: Tensor, packed: Packed) -> Tensor:
         """rows: [T, d], the embeddings of ``packed.tokens``. Returns [T, d].
 
-        Raises ValueError for a modality that this model does not have.
+        Raises ValueError for a modality that this model does not have, and for a cut image where it has a tower.
         """
         present = {MODALITIES[m] for m in packed.modality.unique().tolist() if m != TEXT}
-        if missing := present - set(self.embedders):
+        if missing := present - set(self.modalities):
             raise ValueError(f"modality: this model does not read {', '.join(sorted(missing))}")
         for name in sorted(present):
-            embedder = self.embedders[name]
-            assert isinstance(embedder, Embedder)
             marked = (packed.modality == MODALITIES.index(name)) & (packed.marks != NO_MARK)
             where = marked.nonzero()[:, 0]
-            rows = rows.index_copy(0, where, embedder.delimiters[packed.marks[where] - 1].to(rows.dtype))
+            rows = rows.index_copy(0, where, self._delimiters(name)[packed.marks[where] - 1].to(rows.dtype))
             if name in packed.patches:
                 patches = packed.patches[name]
-                rows = rows.index_copy(0, patches.index, embedder(patches.values, patches.coords).to(rows.dtype))
+                rows = rows.index_copy(0, patches.index, self._content(name, patches).to(rows.dtype))
+        return rows
+
+    def _delimiters(self, name: str) -> Tensor:
+        """[3, d]: the rows of START, NEWLINE and END."""
+        if name not in self.embedders:
+            return self.image_delimiters
+        embedder = self.embedders[name]
+        assert isinstance(embedder, Embedder)
+        return embedder.delimiters
+
+    def _content(self, name: str, patches: Patches) -> Tensor:
+        """[M, d]: the rows of the patches themselves."""
+        if name not in self.embedders:
+            return embed_images(self.tower, self.aligner, patches)
+        rows: Tensor = self.embedders[name](patches.values, patches.coords)
         return rows

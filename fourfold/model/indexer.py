@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold import ops
-from fourfold.config import ModelConfig
+from fourfold.config import IndexerConfig, ModelConfig
+from fourfold.model.compressor import Compressor, gather_entries, visible_entries
 from fourfold.model.context import Context, Selection
 
 
@@ -17,11 +18,11 @@ class Indexer(nn.Module):
     It learns from its own KL loss alone: its inputs are detached from the trunk.
     """
 
-    def __init__(self, cfg: ModelConfig, cache_offset: int) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         index, attention = cfg.indexer, cfg.attention
         query_width = attention.q_lora_rank or cfg.hidden_size
-        self.cfg, self.rope_dim, self.cache_offset = index, attention.qk_rope_head_dim, cache_offset
+        self.cfg, self.rope_dim, self.slot = index, attention.qk_rope_head_dim, f"layers.{layer}.index"
         self.wq_b = nn.Linear(query_width, index.n_heads * index.head_dim, bias=False)
         self.wk = nn.Linear(cfg.hidden_size, index.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(index.head_dim, eps=1e-6)
@@ -33,22 +34,19 @@ class Indexer(nn.Module):
             return self._select(x.detach(), q_latent.detach(), ctx)
 
     def _select(self, x: Tensor, q_latent: Tensor, ctx: Context) -> Selection:
-        wide = ops.at_least_float32(x)
-        q = F.linear(ops.at_least_float32(q_latent), self.wq_b.weight.to(wide.dtype))
-        q = self._rotate(q.unflatten(-1, (self.cfg.n_heads, -1)), ctx)
+        q, weights = index_queries(x, q_latent, self.wq_b, self.weights_proj, self.cfg)
+        q = self._rotate(q, ctx)
         norm = self.k_norm
-        k = F.linear(wide, self.wk.weight.to(wide.dtype))
+        k = F.linear(ops.at_least_float32(x), self.wk.weight.to(q.dtype))
         k = F.layer_norm(k, norm.normalized_shape, norm.weight.to(k.dtype), norm.bias.to(k.dtype), norm.eps)
         k = self._rotate(k, ctx)
-        scale = (self.cfg.n_heads * self.cfg.head_dim) ** -0.5
-        weights = F.linear(wide, self.weights_proj.weight.to(wide.dtype)) * scale
         if ctx.cache is not None:
-            ctx.cache.write(self.cache_offset, k)
+            ctx.cache.write(self.slot, k)
         selection = Selection([], [])
         for window in ctx.windows:
             keys = k[window.rows]
             if ctx.cache is not None and window.sequences is not None:
-                keys = ctx.cache.read(window.sequences, window.visible.shape[-1], self.cache_offset, self.cfg.head_dim)
+                keys = ctx.cache.read(self.slot, window.sequences, window.length)
             scores = ops.index_scores(q[window.rows], keys, weights[window.rows])
             selection.scores.append(scores)
             selection.chosen.append(ops.select_topk(scores.detach(), window.visible, self.cfg.topk))
@@ -57,7 +55,47 @@ class Indexer(nn.Module):
     def _rotate(self, x: Tensor, ctx: Context) -> Tensor:
         """Rotary positions on the first ``qk_rope_head_dim`` dimensions, half-split."""
         turned, rest = x.split([self.rope_dim, self.cfg.head_dim - self.rope_dim], dim=-1)
-        return torch.cat([ops.apply_rope(turned, ctx.cos, ctx.sin, interleaved=False), rest], dim=-1)
+        return torch.cat([ops.apply_rope(turned, ctx.rotary.cos, ctx.rotary.sin, interleaved=False), rest], dim=-1)
+
+
+class EntryIndexer(nn.Module):
+    """The indexer over compressed entries, with a compressor of its own for its keys (DeepSeek-V4, section 2.3)."""
+
+    def __init__(self, cfg: ModelConfig, layer: int, ratio: int) -> None:
+        super().__init__()
+        index = cfg.indexer
+        self.cfg, self.ratio, self.slot = index, ratio, f"layers.{layer}.index"
+        self.wq_b = nn.Linear(cfg.attention.q_lora_rank, index.n_heads * index.head_dim, bias=False)
+        self.weights_proj = nn.Linear(cfg.hidden_size, index.n_heads, bias=False)
+        self.compressor = Compressor(cfg, f"layers.{layer}.index_pool", ratio, index.head_dim, overlaps=True)
+
+    def forward(self, x: Tensor, q_latent: Tensor, ctx: Context) -> Selection:
+        """x: [T, d]; q_latent: [T, q_lora_rank], the normalised query latent. Chooses among entries."""
+        with ops.float32_island(x):
+            x, q_latent = x.detach(), q_latent.detach()
+            q, weights = index_queries(x, q_latent, self.wq_b, self.weights_proj, self.cfg)
+            q = ctx.compress_rotary.turn(q)
+            projected = self.compressor.project(x, ctx.packed.positions)
+            selection = Selection([], [])
+            for window in ctx.windows:
+                entries = self.compressor(projected, window, ctx)
+                values = ctx.compress_rotary.turn_at(entries.values, entries.numbers * self.ratio)
+                keys = gather_entries(entries, values, self.slot, window, self.ratio, ctx)
+                scores = ops.index_scores(q[window.rows], keys, weights[window.rows])
+                selection.scores.append(scores)
+                seen = visible_entries(window, self.ratio)
+                selection.chosen.append(ops.select_topk(scores.detach(), seen, self.cfg.topk))
+            return selection
+
+
+def index_queries(
+    x: Tensor, q_latent: Tensor, wq_b: nn.Linear, weights_proj: nn.Linear, cfg: IndexerConfig
+) -> tuple[Tensor, Tensor]:
+    """Queries [T, H, D] before their positions, and the weights [T, H] of the heads, in float32."""
+    wide = ops.at_least_float32(x)
+    q = F.linear(ops.at_least_float32(q_latent), wq_b.weight.to(wide.dtype)).unflatten(-1, (cfg.n_heads, -1))
+    weights = F.linear(wide, weights_proj.weight.to(wide.dtype)) * (cfg.n_heads * cfg.head_dim) ** -0.5
+    return q, weights
 
 
 def index_target(probs: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ ABSORB_BELOW = 8  # queries per sequence; expanding all cached keys for fewer co
 
 
 class MLA(nn.Module):
-    def __init__(self, cfg: ModelConfig, cache_offset: int, indexer: Indexer | None) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int, indexer: Indexer | None) -> None:
         super().__init__()
         a = cfg.attention
         self.cfg, self.mode, self.topk = a, cfg.indexer.mode, cfg.indexer.topk
-        self.cache_offset, self.cache_width = cache_offset, attention_width(cfg)
+        self.layer, self.slot = layer, f"layers.{layer}.kv"
         self.heads, self.query_dim = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
         self.scale = self.query_dim**-0.5 * ops.yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
         if a.q_lora_rank:
@@ -34,7 +34,7 @@ class MLA(nn.Module):
             self.q_b_proj = nn.Linear(a.q_lora_rank, self.heads * self.query_dim, bias=False)
         else:
             self.q_proj = nn.Linear(cfg.hidden_size, self.heads * self.query_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(cfg.hidden_size, self.cache_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(cfg.hidden_size, attention_width(cfg), bias=False)
         self.kv_a_layernorm = RMSNorm(a.kv_lora_rank, cfg.rms_norm_eps)
         self.kv_b_proj = nn.Linear(a.kv_lora_rank, self.heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * a.v_head_dim, cfg.hidden_size, bias=False)
@@ -46,20 +46,22 @@ class MLA(nn.Module):
         q_latent = self.q_a_layernorm(self.q_a_proj(x)) if a.q_lora_rank else x
         q = (self.q_b_proj if a.q_lora_rank else self.q_proj)(q_latent).unflatten(-1, (self.heads, self.query_dim))
         q_nope, q_rope = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
-        q_rope = ops.apply_rope(q_rope, ctx.cos, ctx.sin)
+        q_rope = ops.apply_rope(q_rope, ctx.rotary.cos, ctx.rotary.sin)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
-        entries = torch.cat([self.kv_a_layernorm(latent), ops.apply_rope(k_rope, ctx.cos, ctx.sin)], dim=-1)
+        entries = torch.cat(
+            [self.kv_a_layernorm(latent), ops.apply_rope(k_rope, ctx.rotary.cos, ctx.rotary.sin)], dim=-1
+        )
 
         if self.indexer is not None and self.mode != "dense":
             ctx.selection = self.indexer(x, q_latent, ctx)
         if ctx.cache is not None:
-            ctx.cache.write(self.cache_offset, entries)
+            ctx.cache.write(self.slot, entries)
 
         out = entries.new_empty(len(x), self.heads * a.v_head_dim)
         for number, window in enumerate(ctx.windows):
             keys = entries[window.rows]
             if ctx.cache is not None and window.sequences is not None:
-                keys = ctx.cache.read(window.sequences, window.visible.shape[-1], self.cache_offset, self.cache_width)
+                keys = ctx.cache.read(self.slot, window.sequences, window.length)
                 keys = keys.to(entries.dtype)
             absorb = window.sequences is not None and window.rows.shape[1] < ABSORB_BELOW
             attend = self.absorbed if absorb else self.naive
@@ -83,7 +85,7 @@ class MLA(nn.Module):
         k = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1)
         chosen = self._chosen(window, number, ctx)
         if ctx.probe is not None:
-            ctx.probe.selected.setdefault(self.cache_offset // self.cache_width, []).append(chosen.detach())
+            ctx.probe.selected.setdefault(self.layer, []).append(chosen.detach())
         if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None:
             with torch.no_grad():
                 target = index_target(ops.attention_probs(q, k, chosen, self.scale))
@@ -102,7 +104,7 @@ class MLA(nn.Module):
         q_latent = torch.einsum("blhn,hnr->blhr", q_nope, w_uk)
         chosen = self._chosen(window, number, ctx)
         if ctx.probe is not None:
-            ctx.probe.selected.setdefault(self.cache_offset // self.cache_width, []).append(chosen)
+            ctx.probe.selected.setdefault(self.layer, []).append(chosen)
         count = min(self.topk, chosen.shape[-1]) if self.mode == "sparse" else chosen.shape[-1]
         valid, indices = chosen.to(torch.int8).topk(count, dim=-1)
         o = ops.sparse_mla(q_latent, q_rope, keys, indices, valid.bool(), self.scale)

@@ -14,31 +14,41 @@ from fourfold import ops
 from fourfold.config import ModelConfig, MoEConfig
 from fourfold.model.context import Context
 from fourfold.model.probe import expert_load
-from fourfold.model.sequence import MODALITIES
+from fourfold.model.sequence import MODALITIES, Packed
 
 
 class MLP(nn.Module):
-    """``down(silu(gate x) * up x)``."""
+    """``down swiglu(gate x, up x)``."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, cfg: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.limit = cfg.moe.swiglu_limit
+        self.gate_proj = nn.Linear(cfg.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x: [T, d]. Returns [T, d]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
         return out
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token and weighs them; float32 throughout."""
+    """Chooses K of E experts for each token and weighs them; float32 throughout.
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    A hash layer (DeepSeek-V4) takes the choice from a table of token ids instead, and has no selection bias.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.cfg = cfg.moe
+        self.cfg, self.by_hash = cfg.moe, layer < cfg.moe.num_hash_layers
         self.weight = nn.Parameter(torch.empty(cfg.moe.n_routed_experts, cfg.hidden_size))
+        if self.by_hash:
+            pairs = torch.arange(cfg.vocab_size * cfg.moe.num_experts_per_tok)
+            table = (pairs % cfg.moe.n_routed_experts).view(cfg.vocab_size, -1)
+            self.register_buffer("tid2eid", table)
+            self.tid2eid: Tensor
+            return
         self.register_buffer("bias", torch.zeros(cfg.moe.n_routed_experts))
         if cfg.media.modalities:
             self.register_buffer("media_bias", torch.zeros(len(MODALITIES) - 1, cfg.moe.n_routed_experts))
@@ -51,14 +61,17 @@ class Router(nn.Module):
             return self.bias.expand(len(modality), -1)
         return torch.cat([self.bias[None], self.media_bias])[modality]
 
-    def forward(self, x: Tensor, modality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [T, d]; modality: int64 [T]. Returns chosen experts int64 [T, K], their weights and all scores [T, E]."""
+    def forward(self, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, d]. Returns chosen experts int64 [T, K], their weights and all scores [T, E]."""
         cfg = self.cfg
         with ops.float32_island(x):
             wide = ops.at_least_float32(x)
             logits = F.linear(wide, self.weight.to(wide.dtype))
         scores = score(logits, cfg.scoring_func)
-        indices = choose_experts(scores.detach() + self.selection_bias(modality), cfg)
+        if self.by_hash:
+            indices = self.tid2eid[packed.tokens]
+        else:
+            indices = choose_experts(scores.detach() + self.selection_bias(packed.modality), cfg)
         weights = scores.gather(-1, indices)
         if cfg.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -75,11 +88,12 @@ def score(logits: Tensor, scoring_func: str) -> Tensor:
 def choose_experts(biased: Tensor, cfg: MoEConfig) -> Tensor:
     """The K best experts of the best groups. biased: [T, E]. Returns int64 [T, K].
 
-    A group is as good as its two best experts together (one, where it has one).
+    A group is as good as its two best experts together (one, where it has one), or as its best (group_limited_greedy).
     """
     if cfg.n_group > 1:
         groups = biased.unflatten(-1, (cfg.n_group, -1))
-        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(cfg.topk_group, dim=-1).indices
+        judges = 1 if cfg.topk_method == "group_limited_greedy" else min(2, groups.shape[-1])
+        best = groups.topk(judges, dim=-1).values.sum(-1).topk(cfg.topk_group, dim=-1).indices
         keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=biased.device).scatter(-1, best, True)
         biased = groups.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
     return biased.topk(cfg.num_experts_per_tok, dim=-1).indices
@@ -91,15 +105,15 @@ class MoE(nn.Module):
         self.layer = layer
         moe, d, width = cfg.moe, cfg.hidden_size, cfg.moe.moe_intermediate_size
         self.cfg = moe
-        self.gate = Router(cfg)
+        self.gate = Router(cfg, layer)
         self.gate_up_proj = nn.Parameter(torch.empty(moe.n_routed_experts, 2 * width, d))
         self.down_proj = nn.Parameter(torch.empty(moe.n_routed_experts, d, width))
-        self.shared_experts = MLP(d, moe.n_shared_experts * width) if moe.n_shared_experts else None
+        self.shared_experts = MLP(cfg, moe.n_shared_experts * width) if moe.n_shared_experts else None
         self.name = ""  # set by the model: its key in telemetry
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x: [T, d]. Returns [T, d]."""
-        indices, weights, scores = self.gate(x, ctx.packed.modality)
+        indices, weights, scores = self.gate(x, ctx.packed)
         if ctx.probe is not None:
             ctx.probe.experts[self.layer] = indices.detach()
         if self.training:
@@ -109,8 +123,15 @@ class MoE(nn.Module):
             if ctx.balance:
                 n_sequences = len(ctx.packed.cu_seqlens) - 1
                 ctx.balance_losses.append(sequence_balance_loss(scores, indices, ctx.packed.sequence_ids, n_sequences))
-        dtype = ops.compute_dtype(x)
-        out = ops.experts(x.to(dtype), indices, weights, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
+        dtype, run = ops.compute_dtype(x), ops.experts
+        stacks = [self.gate_up_proj, self.down_proj]
+        if isinstance(self.gate_up_proj, nn.Parameter):
+            gate_up, down = (stack.to(dtype) for stack in stacks)
+        else:  # quantised: the reference asks for one expert after the other, so no two are ever dequantised
+            used, indices = indices.unique(return_inverse=True)
+            gate_up, down = (stack.select(used, dtype) for stack in stacks)
+            run = ops.reference.experts
+        out = run(x.to(dtype), indices, weights, gate_up, down, self.cfg.swiglu_limit)
         return out if self.shared_experts is None else out + self.shared_experts(x, ctx)
 
 
@@ -132,8 +153,10 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, sequence_ids: Tensor,
 def update_bias(router: Router, load: Tensor, speed: float) -> None:
     """Moves each selection bias by ``speed`` towards balance. load: int64 [modalities, E], choices since the last call.
 
-    A modality that did not occur keeps its bias.
+    A modality that did not occur keeps its bias; a hash layer has none.
     """
+    if router.by_hash:
+        return
     occurred = load.sum(-1, keepdim=True) > 0
     step = speed * torch.sign(load.float().mean(-1, keepdim=True) - load.float()) * occurred
     router.bias += step[0]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fourfold.config import ModelConfig
 from fourfold.model.block import Block
 from fourfold.model.context import Context
-from fourfold.model.indexer import Indexer
 from fourfold.model.norm import RMSNorm
 from fourfold.model.residual import collapse
 
@@ -25,14 +24,13 @@ class MTP(nn.Module):
         d = cfg.hidden_size
         self.enorm, self.hnorm = RMSNorm(d, cfg.rms_norm_eps), RMSNorm(d, cfg.rms_norm_eps)
         self.e_proj, self.h_proj = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
-        indexer = Indexer(cfg, cache_offset=0) if cfg.indexer.mode != "off" else None  # it runs without a cache
-        self.block = Block(cfg, cfg.num_hidden_layers, cache_offset=0, indexer=indexer)
+        self.block = Block(cfg, cfg.num_hidden_layers)
         self.collapse = collapse(cfg)
         self.norm = RMSNorm(d, cfg.rms_norm_eps)
 
     def forward(self, streams: Tensor, following: Tensor, ctx: Context) -> Tensor:
         """streams: [T, n, d], out of the trunk; following: [T, d], embedding of the next token. Returns [T, d]."""
         z = self.e_proj(self.enorm(following))[:, None] + self.h_proj(self.hnorm(streams))
-        own = dataclasses.replace(ctx, cache=None, probe=None, selection=None)
-        out: Tensor = self.norm(self.collapse(self.block(z, own)))
+        own = dataclasses.replace(ctx, cache=None, probe=None, selection=None, read_weights=None)
+        out: Tensor = self.norm(self.collapse(self.block(z, own), own))
         return out

@@ -2,7 +2,8 @@
 
 The state is n parallel streams [T, n, d] (plain: n = 1). Each sub-layer reads one mixture of them and writes
 its output back to all, while the streams themselves are mixed by an n x n map, which mHC keeps doubly stochastic
-so that the product over all depth can neither grow nor vanish.
+so that the product over all depth can neither grow nor vanish. ``mhc_single_pass`` (DeepSeek-V4.1) reads with the
+weights that the site before computed, so that each site needs the streams but once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class HyperConnection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        n, mhc = self.cfg.hc_mult, self.cfg.kind == "mhc"
+        n, mhc = self.cfg.hc_mult, self.cfg.kind != "hc"
         nn.init.normal_(self.fn, std=std)
         nn.init.constant_(self.scale, 0.01)
         pre = torch.full((n,), -math.log(n - 1) if mhc and n > 1 else 1 / n)  # sigmoid(-ln(n - 1)) = 1 / n
@@ -51,8 +52,10 @@ class HyperConnection(nn.Module):
         """streams: [T, n, d]; f: [T, d] -> [T, d]."""
         cfg = self.cfg
         with ops.float32_island(streams):
-            maps = (self.fn, self.base, self.scale, cfg.kind == "mhc", cfg.hc_sinkhorn_iters, cfg.hc_eps, self.norm_eps)
+            maps = (self.fn, self.base, self.scale, cfg.kind != "hc", cfg.hc_sinkhorn_iters, cfg.hc_eps, self.norm_eps)
             pre, post, comb = ops.hyper_maps(streams, *maps)
+            if cfg.kind == "mhc_single_pass":
+                pre, ctx.read_weights = first_stream(pre) if ctx.read_weights is None else ctx.read_weights, pre
             x = ops.read_streams(streams, pre)
         if ctx.probe is not None:
             ctx.probe.stream_maps[self.site] = comb.detach()
@@ -62,11 +65,27 @@ class HyperConnection(nn.Module):
         return out
 
 
+def first_stream(pre: Tensor) -> Tensor:
+    """Weights [T, n] that read the first stream alone: of the site that no other comes before."""
+    return torch.eye(pre.shape[-1], device=pre.device, dtype=pre.dtype)[0].expand_as(pre)
+
+
 class PlainCollapse(nn.Module):
     """One stream is the hidden state."""
 
-    def forward(self, streams: Tensor) -> Tensor:
+    def forward(self, streams: Tensor, ctx: Context) -> Tensor:
         return streams[:, 0]
+
+
+class LastReadCollapse(nn.Module):
+    """The streams as the last site's weights read them (``mhc_single_pass``)."""
+
+    def forward(self, streams: Tensor, ctx: Context) -> Tensor:
+        """streams: [T, n, d]. Returns [T, d]."""
+        assert ctx.read_weights is not None
+        with ops.float32_island(streams):
+            out: Tensor = ops.read_streams(streams, ctx.read_weights)
+            return out
 
 
 class StreamCollapse(nn.Module):
@@ -87,7 +106,7 @@ class StreamCollapse(nn.Module):
         nn.init.constant_(self.scale, 0.01)
         nn.init.constant_(self.base, -math.log(n - 1) if n > 1 else 0.0)
 
-    def forward(self, streams: Tensor) -> Tensor:
+    def forward(self, streams: Tensor, ctx: Context) -> Tensor:
         """streams: [T, n, d]. Returns [T, d]."""
         with ops.float32_island(streams):
             flat = ops.at_least_float32(streams).flatten(1)
@@ -103,4 +122,6 @@ def residual_site(cfg: ModelConfig, site: int) -> nn.Module:
 
 
 def collapse(cfg: ModelConfig) -> nn.Module:
-    return PlainCollapse() if cfg.residual.kind == "plain" else StreamCollapse(cfg)
+    if cfg.residual.kind == "plain":
+        return PlainCollapse()
+    return LastReadCollapse() if cfg.residual.kind == "mhc_single_pass" else StreamCollapse(cfg)

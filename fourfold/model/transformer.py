@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.block import Block
-from fourfold.model.cache import Cache, attention_width, indexer_layers
-from fourfold.model.context import Context, windows
+from fourfold.model.cache import Cache
+from fourfold.model.compressed_attention import SharedKVAttention
+from fourfold.model.context import Context, Rotary, windows
+from fourfold.model.dspark import Drafter
 from fourfold.model.embedders import MediaEmbedder
 from fourfold.model.engram import Engram, TokenCompression
 from fourfold.model.indexer import Indexer
@@ -34,7 +37,8 @@ class Output:
     mtp_logits: on request, of the positions t where t + 1 has a target: a guess of token t + 2, as
     ``mtp_targets`` names them; index_loss: mean KL of the indexers;
     balance_loss: mean sequence-wise balance; index_recall: mean share of attention mass selected;
-    loads: expert choices by MoE layer, int64 [modalities, E].
+    loads: expert choices by MoE layer, int64 [modalities, E]; features: on request, [T, targets * d], what entered
+    the drafter's target layers, the mean of all streams.
     """
 
     logits: Tensor
@@ -43,6 +47,7 @@ class Output:
     index_recall: Tensor | None = None
     balance_loss: Tensor | None = None
     loads: dict[str, Tensor] | None = None
+    features: Tensor | None = None
 
 
 class Model(nn.Module):
@@ -51,9 +56,6 @@ class Model(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        owners = indexer_layers(cfg)
-        width = attention_width(cfg)
-        index_offset = cfg.num_hidden_layers * width
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.media = MediaEmbedder(cfg.media, cfg.hidden_size)
         e = cfg.engram
@@ -63,16 +65,12 @@ class Model(nn.Module):
             if e.layer_ids
             else None
         )
-        self.layers = nn.ModuleList()
-        for layer in range(cfg.num_hidden_layers):
-            indexer = (
-                Indexer(cfg, index_offset + owners.index(layer) * cfg.indexer.head_dim) if layer in owners else None
-            )
-            self.layers.append(Block(cfg, layer, layer * width, indexer))
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers))
         self.collapse = collapse(cfg)
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.mtp = MTP(cfg) if cfg.mtp.num_layers else None
+        self.drafter = Drafter(cfg) if cfg.drafter.num_layers else None
         for name, module in self.named_modules():
             if isinstance(module, MoE):
                 module.name = name
@@ -87,9 +85,9 @@ class Model(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                 nn.init.normal_(parameter, std=into_residual)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 nn.init.zeros_(parameter)
-            elif name.endswith(("norm.weight", "q_weight", "k_weight")):
+            elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "q_weight", "k_weight")):
                 nn.init.ones_(parameter)
             elif name.endswith("conv.weight"):
                 nn.init.zeros_(parameter)
@@ -109,37 +107,48 @@ class Model(nn.Module):
         logits: str = "all",
         mtp: bool = False,
         balance: bool = False,
+        features: bool = False,
     ) -> Output:
         """Runs N sequences of T positions together; with a cache, they continue it and it grows.
 
         logits: of "all" positions [T, V], of the "last" of each sequence [N, V], or of those with a "target" [M, V].
-        mtp, balance: compute also the logits and the loss of that name.
+        mtp, balance, features: compute also the logits, the loss and the drafter's input of that name.
         Raises CacheFull, or ValueError if a sequence outgrows ``max_position_embeddings`` or has a foreign modality.
         """
         if logits not in ("all", "last", "target"):
             raise ValueError(f"logits: is {logits!r}; choose all, last or target")
+        if features and self.drafter is None:
+            raise ValueError("features: this model has no drafter")
+        if mtp and cache is not None:
+            raise ValueError("mtp: runs over whole sequences, without a cache")
         ctx = self.context(packed, cache, probe)
         ctx.balance = balance
         streams = self.embed(packed)
         grams = self.compression(ctx) if self.compression is not None else None
+        targets = self.cfg.drafter.target_layer_ids if features else ()
+        collected: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
             if grams is not None and str(layer) in self.engrams:
                 streams = self.engrams[str(layer)](streams, grams, ctx)
+            if layer in targets:
+                collected[layer] = streams.mean(1)
             streams = block(streams, ctx)
         mtp_logits = self._mtp_logits(streams, ctx) if mtp and self.mtp is not None else None
         if cache is not None:
             cache.commit(self._history(packed))
+        hidden = self.collapse(streams, ctx)
         if logits == "last":
-            streams = streams[packed.cu_seqlens[1:] - 1]
+            hidden = hidden[packed.cu_seqlens[1:] - 1]
         elif logits == "target":
-            streams = streams[packed.targets != IGNORE]
+            hidden = hidden[packed.targets != IGNORE]
         return Output(
-            logits=self.head(self.norm(self.collapse(streams))),
+            logits=self.head(self.norm(hidden)),
             mtp_logits=mtp_logits,
             index_loss=torch.stack(ctx.index_losses).mean() if ctx.index_losses else None,
             index_recall=torch.stack(ctx.index_recalls).mean() if ctx.index_recalls else None,
             balance_loss=torch.stack(ctx.balance_losses).mean() if ctx.balance_losses else None,
             loads=ctx.loads or None,
+            features=torch.cat([collected[layer] for layer in targets], dim=-1) if targets else None,
         )
 
     def set_indexer_mode(self, mode: str) -> None:
@@ -148,7 +157,7 @@ class Model(nn.Module):
             return
         self.cfg = self.cfg.replace(**{"indexer.mode": mode})
         for module in self.modules():
-            if isinstance(module, MLA):
+            if isinstance(module, (MLA, SharedKVAttention)):
                 module.mode = mode
 
     def embed(self, packed: Packed) -> Tensor:
@@ -158,7 +167,8 @@ class Model(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32. hidden: [..., d], normalised."""
-        return ops.at_least_float32(self.lm_head(hidden))
+        logits = F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        return ops.at_least_float32(logits)
 
     def context(self, packed: Packed, cache: Cache | None, probe: Probe | None) -> Context:
         cfg = self.cfg
@@ -168,14 +178,15 @@ class Model(nn.Module):
         if cache is not None:
             cache.begin(packed.cu_seqlens.diff().tolist())
         a = cfg.attention
-        dim = a.qk_rope_head_dim if a.kind == "mla" else a.head_dim
-        frequencies = ops.rope_frequencies(dim, cfg.rope).to(packed.tokens.device)
-        cos, sin = ops.rope_tables(packed.positions, frequencies)
-        return Context(packed, windows(packed, cache), cos, sin, cache, probe)
+        rotary = Rotary.of(packed.positions, a.rope_dim, cfg.rope)
+        compress = Rotary.of(packed.positions, a.rope_dim, cfg.compress_rope) if a.is_compressed else rotary
+        return Context(packed, windows(packed, cache, a.is_compressed), rotary, compress, cache, probe)
 
     def _mtp_logits(self, streams: Tensor, ctx: Context) -> Tensor:
         assert self.mtp is not None
         following = self.embed_tokens(ctx.packed.tokens.roll(-1))
+        if self.cfg.mtp.normed_input:
+            streams = self.norm(self.collapse(streams, ctx))[:, None].expand_as(streams)
         hidden = self.mtp(streams, following, ctx)
         return self.head(hidden[mtp_targets(ctx.packed) != IGNORE])
 

@@ -8,6 +8,7 @@ the pages that it may come to need are free or can be freed, so no running reque
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fourfold.media.processor import build_document
-from fourfold.model.cache import Cache, PagePool, SequenceState, token_width
+from fourfold.model.cache import Cache, PagePool, SequenceState, layout, page_numbers
 from fourfold.model.sequence import TEXT, Document, pack
 from fourfold.model.transformer import Model
 from fourfold.serve.prefix import PrefixStore
@@ -52,7 +53,9 @@ class Engine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.config = model.cfg
-        page_bytes = page_size * token_width(self.config) * parameter.element_size()
+        kept = layout(self.config)
+        page_size = math.lcm(page_size, kept.multiple)
+        page_bytes = page_numbers(kept, page_size) * parameter.element_size()
         four_contexts = -(-4 * self.config.max_position_embeddings // page_size)
         self.pages = pages or max(1, min(four_contexts, DEFAULT_CACHE // page_bytes))
         self.page_size = page_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +39,12 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A ``tokenizer.json`` whose decoder is byte-level; ``vocab_size`` is its largest id + 1."""
+    """A ``tokenizer.json`` whose decoder is byte-level.
+
+    ``vocab_size`` is its largest id + 1. ``marks`` are the tokens that steer a model, name -> id: the special ones,
+    and those that files add without calling them special though they are written like ``<think>`` or ``<｜User｜>``.
+    Any other added token is a piece of text that the vocabulary spells as a whole.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         description = json.loads(backend.to_str())
@@ -50,9 +56,14 @@ class Tokenizer:
         for twin in (self.backend, self._plain):
             twin.no_padding()
             twin.no_truncation()
-        self._added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
-        self._special_ids = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        added = backend.get_added_tokens_decoder()
+        self.marks = {t.content: index for index, t in added.items() if t.special or set(t.content) & set("<|｜")}
+        self._names = {index: name for name, index in self.marks.items()}
+        self._mark_pattern = _any_of(self.marks)
+        self._words = {token.content: index for index, token in added.items() if index not in self._names}
+        self._word_pattern = _any_of(self._words)
+        self._ids = set(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = max(self._ids) + 1
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
@@ -72,32 +83,55 @@ class Tokenizer:
         Raises :class:`TokenizerError` on a lone surrogate.
         """
         try:
-            return self._plain.encode(text, add_special_tokens=False).ids
+            ids: list[int] = []
+            for part in self._word_pattern.split(text) if self._words else [text]:
+                word = self._words.get(part)
+                ids += self._plain.encode(part, add_special_tokens=False).ids if word is None else [word]
+            return ids
         except TypeError as error:
             raise TokenizerError("text: must be a string without lone surrogates") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``ids``; broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        kept = [i for i in ids if i not in self._names] if skip_special else list(ids)
+        return self.backend.decode(kept, skip_special_tokens=False)
 
     def special(self, name: str) -> int:
         """The id of a token such as ``<|eos|>``; raises :class:`TokenizerError` if there is none of that name."""
-        if name not in self._added:
+        if name not in self.marks:
             raise TokenizerError(f"special token {name!r} is not in the tokenizer")
-        return self._added[name]
+        return self.marks[name]
 
     def is_special(self, token: int) -> bool:
-        return token in self._special_ids
+        return token in self._names
+
+    def mark(self, token: int) -> str | None:
+        """The name of a special token, None for any other."""
+        return self._names.get(token)
+
+    def split_marks(self, text: str) -> list[str]:
+        """``text``, which is trusted, cut before and after each name of a special token (every second part)."""
+        return self._mark_pattern.split(text)
+
+    def has(self, token: int) -> bool:
+        """Whether the id stands for anything; a vocabulary may have holes."""
+        return token in self._ids
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for: perhaps a part of a character, nothing for an unknown id."""
         text = self.backend.id_to_token(token) or ""
-        if token not in self._special_ids:
+        if token not in self._names and text not in self._words:
             try:
                 return bytes(_byte_of()[letter] for letter in text)
-            except KeyError:  # an added token is written as it is read
+            except KeyError:  # a vocabulary entry outside the byte alphabet is written as it is read
                 pass
         return text.encode()
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of the names, the longest where several begin; nothing if there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else r"(?!)()")
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fourfold.model.cache import Cache, CacheFull, PagePool, SequenceState, attention_width, indexer_layers, token_width
+from fourfold.model.cache import Cache, CacheFull, PagePool, SequenceState, attention_width, indexer_layers, layout
 from fourfold.model.sequence import TEXT, pack
 from tests.model import tiny
 
@@ -17,9 +17,19 @@ SPARSE = {"indexer.mode": "sparse", "indexer.head_dim": 8, "indexer.topk": 4, "i
 def test_widths():
     mla = tiny.config(**SPARSE)
     assert attention_width(mla) == 12 + 4 and indexer_layers(mla) == [0, 2]
-    assert token_width(mla) == 3 * 16 + 2 * 8
+    assert layout(mla).per_position == 3 * 16 + 2 * 8 and layout(mla).tail_width == 0
     gqa = tiny.config(**{"attention.kind": "gqa"})
     assert attention_width(gqa) == 2 * 2 * 6 and indexer_layers(gqa) == []
+
+
+def test_entries_take_a_fraction_of_a_page_and_tails_are_bounded():
+    cfg = tiny.config(**tiny.COMPRESSED)
+    kept, a, index = layout(cfg), cfg.attention, cfg.indexer.head_dim
+    assert kept.per_position == (a.head_dim + index) / 4 + a.head_dim / 8 and kept.multiple == 8
+    window = 3 * (a.sliding_window - 1) * a.head_dim
+    assert kept.tail_width == window + 7 * 4 * (a.head_dim + index) + 7 * 2 * a.head_dim
+    with pytest.raises(ValueError, match="page_size .12. a multiple of 8"):
+        PagePool(cfg, 2, 12)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4)])

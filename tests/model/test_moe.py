@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fourfold.model.moe import MLP, MoE, Router, choose_experts, score, sequence_balance_loss, update_bias
 from fourfold.model.probe import Probe, expert_load
-from fourfold.model.sequence import AUDIO, IMAGE, TEXT, VIDEO, pack
+from fourfold.model.sequence import AUDIO, IMAGE, TEXT, VIDEO, Packed, pack
 from tests.model import tiny
 
 MOE = {"moe.n_routed_experts": 8, "moe.num_experts_per_tok": 3, "moe.moe_intermediate_size": 8}
@@ -17,7 +17,7 @@ MOE = {"moe.n_routed_experts": 8, "moe.num_experts_per_tok": 3, "moe.moe_interme
 
 def router(**overrides) -> Router:
     """Random weights, zero bias."""
-    made = Router(tiny.config(**MOE | overrides))
+    made = Router(tiny.config(**MOE | overrides), layer=0)
     torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
     return made
 
@@ -26,8 +26,14 @@ def tokens(n: int = 50, seed: int = 1) -> torch.Tensor:
     return torch.randn(n, 24, generator=torch.Generator().manual_seed(seed))
 
 
-def text(n: int = 50) -> torch.Tensor:
-    return torch.full((n,), TEXT)
+def batch(modality: torch.Tensor) -> Packed:
+    """What a router reads of one: whose modality each position is."""
+    zeros = torch.zeros_like(modality)
+    return Packed(zeros, zeros, modality, zeros, zeros, torch.tensor([0, len(modality)]))
+
+
+def text(n: int = 50) -> Packed:
+    return batch(torch.full((n,), TEXT))
 
 
 def as_weights(indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -112,7 +118,7 @@ def test_each_modality_has_a_bias_of_its_own():
     for modality, expert in ((IMAGE, 1), (VIDEO, 2), (AUDIO, 3)):
         gate.media_bias[modality - 1, expert] = 10.0
     modality = torch.tensor([TEXT, IMAGE, VIDEO, AUDIO]).repeat(10)
-    indices, _, _ = gate(tokens(40), modality)
+    indices, _, _ = gate(tokens(40), batch(modality))
     for t in range(40):
         assert set(indices[t].tolist()) & {0, 1, 2, 3} >= {int(modality[t])}
     text_only = router()

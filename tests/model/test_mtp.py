@@ -42,7 +42,8 @@ def test_mtp_projects_every_stream():
     assert isinstance(mtp, MTP) and list(mtp.collapse.parameters())  # its own
     streams, following = torch.randn(8, 4, 24), torch.randn(8, 24)
     z = torch.stack([mtp.e_proj(mtp.enorm(following)) + mtp.h_proj(mtp.hnorm(streams[:, i])) for i in range(4)], dim=1)
-    wanted = mtp.norm(mtp.collapse(mtp.block(z, made.context(packed, None, None))))
+    ctx = made.context(packed, None, None)
+    wanted = mtp.norm(mtp.collapse(mtp.block(z, ctx), ctx))
     torch.testing.assert_close(mtp(streams, following, made.context(packed, None, None)), wanted)
 
 

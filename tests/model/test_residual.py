@@ -97,7 +97,7 @@ def test_a_fresh_collapse_is_nearly_the_mean(n):
     made.reset_parameters(0.02)
     made.scale.zero_()
     x = torch.randn(5, n, 24)
-    torch.testing.assert_close(made(x), x.mean(1) * (1 if n > 1 else 0.5), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made(x, context(5)), x.mean(1) * (1 if n > 1 else 0.5), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_collapse_by_loops():
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(4, 3, 24)
-    for t, got in enumerate(made(x)):
+    for t, got in enumerate(made(x, context(4))):
         f = x[t].flatten()
         w = torch.sigmoid(made.fn @ f * torch.rsqrt(f.square().mean() + 1e-6) * made.scale + made.base) + 1e-6
         torch.testing.assert_close(got, sum(w[i] * x[t, i] for i in range(3)), rtol=1e-4, atol=1e-5)

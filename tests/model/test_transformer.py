@@ -160,7 +160,8 @@ def test_naive_and_absorbed_are_one_function(mode, seed):
     made = tiny.model(cfg, seed)
     layer, a, (b, queries, keys) = made.layers[1].self_attn, cfg.attention, (3, 5, 11)
     visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).expand(b, -1, -1)
-    window = Window(torch.arange(b * queries).view(b, queries), visible)
+    window = Window(torch.arange(b * queries).view(b, queries), torch.full((b,), keys - queries))
+    assert torch.equal(window.visible, visible)
     ctx = made.context(pack([tiny.text(queries)] * b), None, None)
     if mode == "sparse":
         scores = torch.randn(b, queries, keys)

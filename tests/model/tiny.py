@@ -56,6 +56,23 @@ MEDIA: dict[str, Any] = {
 }
 
 
+COMPRESSED: dict[str, Any] = {
+    "attention.kind": "compressed",
+    "attention.q_lora_rank": 10,
+    "attention.qk_rope_head_dim": 4,
+    "attention.head_dim": 12,
+    "attention.o_groups": 2,
+    "attention.o_lora_rank": 6,
+    "attention.sliding_window": 5,
+    "attention.compress_ratios": [0, 4, 8],
+    "compress_rope.theta": 400.0,
+    "indexer.mode": "sparse",
+    "indexer.n_heads": 8,
+    "indexer.head_dim": 8,
+    "indexer.topk": 3,
+}
+
+
 def config(**overrides: Any) -> ModelConfig:
     """The plain tiny transformer with dotted fields replaced."""
     return ModelConfig.from_dict(BASE).replace(**overrides)
@@ -71,7 +88,7 @@ def model(cfg: ModelConfig, seed: int = 0) -> Model:
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
                 if name.endswith("scale") and cfg.residual.kind == "hc":
                     tensor.mul_(0.2)  # free maps amplify rounding too
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 tensor.copy_(torch.randn_like(tensor) * 0.1)
             elif name.endswith("base"):
                 tensor.add_(torch.randn_like(tensor) * 0.3)
@@ -84,8 +101,17 @@ def random_config(seed: int) -> ModelConfig:
     """Any combination of blocks."""
     rng = random.Random(seed)
     overrides: dict[str, Any] = {"num_hidden_layers": rng.choice([2, 3, 5])}
-    if rng.random() < 0.25:
-        overrides["attention.kind"] = "gqa"
+    draw = rng.random()
+    if draw < 0.2:
+        overrides |= {"attention.kind": "gqa", "attention.qkv_bias": rng.random() < 0.5}
+    elif draw < 0.5:
+        ratios = [rng.choice([0, 4, 8]) for _ in range(overrides["num_hidden_layers"])]
+        overrides |= COMPRESSED | {
+            "attention.compress_ratios": ratios,
+            "attention.sliding_window": rng.choice([1, 2, 7]),
+            "attention.o_groups": rng.choice([1, 4]),
+            "indexer.mode": rng.choice(["off", "dense", "sparse", "sparse"]),
+        }
     else:
         overrides["attention.q_lora_rank"] = rng.choice([0, 10])
         overrides |= {
@@ -106,10 +132,12 @@ def random_config(seed: int) -> ModelConfig:
             "moe.scoring_func": rng.choice(["sigmoid", "sqrtsoftplus", "softmax"]),
             "moe.n_group": groups,
             "moe.topk_group": 2 if groups > 1 else 1,
+            "moe.topk_method": rng.choice(["noaux_tc", "group_limited_greedy"]),
+            "moe.swiglu_limit": rng.choice([0.0, 0.3]),
             "moe.norm_topk_prob": rng.random() < 0.5,
             "moe.routed_scaling_factor": rng.choice([1.0, 2.5]),
         }
-    overrides["residual.kind"] = rng.choice(["plain", "hc", "mhc", "mhc"])
+    overrides["residual.kind"] = rng.choice(["plain", "hc", "mhc", "mhc", "mhc_single_pass"])
     overrides["residual.hc_mult"] = rng.choice([2, 4])
     if rng.random() < 0.7:
         overrides |= {
@@ -121,6 +149,8 @@ def random_config(seed: int) -> ModelConfig:
         }
     if rng.random() < 0.7:
         overrides["media"] = MEDIA
+    elif overrides.get("moe.n_routed_experts"):
+        overrides["moe.num_hash_layers"] = rng.choice([0, 2])
     if rng.random() < 0.3:
         overrides |= {"rope.factor": 8.0, "rope.original_max_position_embeddings": 32, "rope.mscale_all_dim": 1.0}
     return config(**overrides)
@@ -169,7 +199,7 @@ def logits(made: Model, *documents: Document, row: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def decode(
-    made: Model, documents: list[Document], chunks: list[list[int]], page_size: int = 4, fill: float = 0.0
+    made: Model, documents: list[Document], chunks: list[list[int]], page_size: int = 8, fill: float = 0.0
 ) -> list[Tensor]:
     """Logits of each document, computed through the cache, all documents together.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import random
 
 import pytest
 import torch
 
-from fourfold.model.cache import Cache, PagePool, SequenceState
+from fourfold.model.cache import Cache, PagePool, SequenceState, layout
 from fourfold.model.sequence import TEXT, Document, pack
 from fourfold.model.transformer import Model
 from fourfold.ops.cpu import streams
@@ -104,7 +105,7 @@ def test_prefill_is_as_chunks_is_as_single_tokens(seed):
     whole = [[len(d)] for d in batch]
     chunks = [tiny.random_chunks(len(d), rng) for d in batch]
     for plan in (whole, chunks, singles):
-        got = tiny.decode(made, batch, plan, page_size=rng.choice([1, 3, 4, 64]), fill=1e3)
+        got = tiny.decode(made, batch, plan, page_size=rng.choice([1, 3, 4, 64]) * layout(made.cfg).multiple, fill=1e3)
         for one, want in zip(got, wanted, strict=True):
             assert_same(one, want, plan)
 
@@ -114,20 +115,21 @@ def test_prefill_is_as_chunks_is_as_single_tokens(seed):
 def test_a_shared_prefix_is_as_an_own_one(seed):
     """Full pages of a common beginning serve two sequences, which then go their own ways."""
     made, rng = drawn(seed)
-    prefix = tiny.document(made.cfg, 12, seed)
+    size = math.lcm(4, layout(made.cfg).multiple)
+    prefix = tiny.document(made.cfg, 3 * size, seed)
     tails = [tiny.text(rng.randint(1, 9), seed=i) for i in (1, 2)]
-    pool, first = PagePool(made.cfg, 16, 4), SequenceState()
+    pool, first = PagePool(made.cfg, 16, size), SequenceState()
     made(pack([prefix]), cache=Cache(pool, [first]))
     pool.retain(first.pages)
-    second = SequenceState(list(first.pages), first.length, list(first.history))
+    second = SequenceState(list(first.pages), first.length, list(first.history), first.tail)
     shared = pool.data[first.pages].clone()
-    packed = pack(tails, starts=[12, 12])
+    packed = pack(tails, starts=[3 * size] * 2)
     got = made(packed, cache=Cache(pool, [first, second])).logits.split([len(t) for t in tails])
     assert first.pages[:3] == second.pages[:3] and not set(first.pages[3:]) & set(second.pages[3:])
     assert torch.equal(pool.data[first.pages[:3]], shared)
     for part, tail in zip(got, tails, strict=True):
         whole = join(prefix, tail)
-        assert_same(part, tiny.logits(made, whole)[12:])
+        assert_same(part, tiny.logits(made, whole)[3 * size :])
 
 
 def join(a: Document, b: Document) -> Document:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.ops import reference
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """See :func:`fourfold.ops.reference.attention`."""
+    if sinks is not None:  # the fused kernel knows no sink
+        return reference.attention(q, k, v, visible, scale, sinks)
     narrow, width = v.shape[-1], q.shape[-1]
     if narrow < width:  # the fused kernel wants one head dimension
         v = F.pad(v, (0, width - narrow))

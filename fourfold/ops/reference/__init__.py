@@ -1,10 +1,31 @@
 """The specification in plain PyTorch: obviously right, differentiable, any floating dtype."""
 
 from fourfold.ops.reference.attention import attention, attention_probs, sparse_mla
-from fourfold.ops.reference.experts import experts
+from fourfold.ops.reference.blocks import (
+    block_counts,
+    dequantize_fp4,
+    dequantize_fp8,
+    dequantize_int4,
+    dequantize_int8,
+    e2m1_decode,
+    e2m1_encode,
+    e8m0_decode,
+    e8m0_encode,
+    fp4_to_fp8,
+    pack_nibbles,
+    quantize_fp4,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+    simulate_fp4,
+    simulate_fp8,
+    unpack_nibbles,
+)
+from fourfold.ops.reference.experts import experts, swiglu
 from fourfold.ops.reference.index import index_scores, select_topk
 from fourfold.ops.reference.ngram import ngram_rows
 from fourfold.ops.reference.norm import rms_norm
+from fourfold.ops.reference.pool import pool
 from fourfold.ops.reference.rope import apply_rope, rope_frequencies, rope_tables, yarn_mscale
 from fourfold.ops.reference.sinkhorn import sinkhorn
 from fourfold.ops.reference.streams import hyper_maps, mix_streams, read_streams
@@ -13,17 +34,37 @@ __all__ = [
     "apply_rope",
     "attention",
     "attention_probs",
+    "block_counts",
+    "dequantize_fp4",
+    "dequantize_fp8",
+    "dequantize_int4",
+    "dequantize_int8",
+    "e2m1_decode",
+    "e2m1_encode",
+    "e8m0_decode",
+    "e8m0_encode",
     "experts",
+    "fp4_to_fp8",
     "hyper_maps",
     "index_scores",
     "mix_streams",
     "ngram_rows",
+    "pack_nibbles",
+    "pool",
+    "quantize_fp4",
+    "quantize_fp8",
+    "quantize_int4",
+    "quantize_int8",
     "read_streams",
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
     "select_topk",
+    "simulate_fp4",
+    "simulate_fp8",
     "sinkhorn",
     "sparse_mla",
+    "swiglu",
+    "unpack_nibbles",
     "yarn_mscale",
 ]

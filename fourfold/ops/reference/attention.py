@@ -8,19 +8,24 @@ from torch import Tensor
 from fourfold.ops.reference.norm import at_least_float32
 
 
-def attention_probs(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+def attention_probs(q: Tensor, k: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """``softmax(scale * q k^T)`` in float32 over the keys that each query may see, of which there must be one.
 
-    q: [B, L, H, D]; k: [B, S, Hk, D], Hk dividing H; visible: bool [B, L, S]. Returns [B, H, L, S].
+    q: [B, L, H, D]; k: [B, S, Hk, D], Hk dividing H; visible: bool [B, L, S]; sinks: [H], a logit per head that
+    takes its share of the softmax and gives nothing. Returns [B, H, L, S].
     """
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = at_least_float32(torch.einsum("blhd,bshd->bhls", q, k)) * scale
-    return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """Values averaged by :func:`attention_probs`. v: [B, S, Hk, Dv]. Returns [B, L, H, Dv]."""
-    probs = attention_probs(q, k, visible, scale)
+    probs = attention_probs(q, k, visible, scale, sinks)
     v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
     return torch.einsum("bhls,bshd->blhd", probs.to(v.dtype), v)
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding in both layouts, and YaRN (arXiv 2104.09864, 2309.00071)."""
+"""Rotary position embedding in both layouts, and its extensions (arXiv 2104.09864, 2309.00071, 2407.21783)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rope_frequencies(dim: int, rope: RopeConfig) -> Tensor:
-    """Angular frequencies, float32 [dim/2]; under YaRN the slow ones are divided by ``factor``."""
+    """Angular frequencies, float32 [dim/2]; an extension divides by ``factor`` those that turn too slowly for it."""
     pairs = torch.arange(dim // 2, dtype=torch.float32)
     frequencies = rope.theta ** (-2 * pairs / dim)
     if rope.factor <= 1:
         return frequencies
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+        share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        return torch.lerp(frequencies / rope.factor, frequencies, share.clamp(0, 1))
 
     def pair_turning(rotations: float) -> float:
         """The (fractional) pair that turns this often within the original context."""
@@ -36,10 +42,10 @@ def rope_frequencies(dim: int, rope: RopeConfig) -> Tensor:
     return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [T, dim/2] each, of ``positions`` [T] times ``frequencies`` [dim/2]."""
+def rope_tables(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``factor`` times cos and sin, float32 [T, dim/2] each, of ``positions`` [T] times ``frequencies`` [dim/2]."""
     angles = positions[:, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:

@@ -1,0 +1,68 @@
+"""Replaces the large weights of a model by quantised ones and leaves those that suffer from rounding alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fourfold.model.moe import MoE
+from fourfold.model.transformer import Model
+from fourfold.quant.modules import QuantizedLinear, QuantizedStack, QuantizedWeight
+
+# The head and its corrections, the expansions that decoding folds into the queries, the first maps of the drafters
+KEPT = {"lm_head", "markov_head", "confidence_proj", "kv_b_proj", "e_proj", "h_proj"}
+# Discrete choices, poolings and media, each with all that belongs to it
+KEPT_INSIDE = {"indexer", "compressor", "media"}
+STACKS = ("gate_up_proj", "down_proj")
+
+
+def is_kept(module: str) -> bool:
+    """Whether the linear layer of this name stays in its dtype."""
+    path = module.split(".")
+    return path[-1] in KEPT or not KEPT_INSIDE.isdisjoint(path)
+
+
+def prepare(
+    model: Model, kind: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> dict[str, QuantizedWeight]:
+    """Puts empty quantised weights into ``model``, to be filled with ``put``. Returns them by parameter name.
+
+    kind: "int8" or "int4". The names are those that the replaced parameters had: ``….q_proj.weight``,
+    ``….mlp.gate_up_proj``. dtype: that the modules will compute in, by default that of the replaced weights;
+    device: of codes and scales, by default that of the weights, which may be meta. Linear layers and expert stacks
+    are replaced; norms, router, biases, sinks, stream maps, embeddings and what :func:`is_kept` names are not.
+    """
+    made: dict[str, QuantizedWeight] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not is_kept(name):
+            w = module.weight
+            linear = QuantizedLinear(tuple(w.shape), kind, dtype or w.dtype, device or w.device, module.bias)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear.train(module.training))
+            made[f"{name}.weight"] = linear
+        elif isinstance(module, MoE):
+            for child in STACKS:
+                w = getattr(module, child)
+                stack = QuantizedStack(tuple(w.shape), kind, dtype or w.dtype, device or w.device)
+                setattr(module, child, stack.train(module.training))
+                made[f"{name}.{child}"] = stack
+    return made
+
+
+def quantize_model(model: Model, kind: str) -> Model:
+    """Quantises the weights of ``model`` in place; see :func:`prepare` for which. Returns it.
+
+    Raises ValueError for an unknown kind, or a weight that holds NaN or infinity.
+    """
+    weights = dict(model.named_parameters())
+    for name, quantized in prepare(model, kind).items():
+        weight = weights.pop(name)
+        try:
+            if isinstance(quantized, QuantizedStack):
+                for expert in range(len(quantized)):
+                    quantized.put(expert, 0, weight[expert])
+            else:
+                quantized.put(None, 0, weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return model
