@@ -83,7 +83,7 @@ class Model(nn.Module):
         std = self.cfg.initializer_range
         into_residual = std / (2 * self.cfg.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+            if name.endswith(("o_proj.weight", "o_b_proj.weight", "down_proj.weight", "down_proj")):
                 nn.init.normal_(parameter, std=into_residual)
             elif name.endswith(("bias", "sinks")):
                 nn.init.zeros_(parameter)

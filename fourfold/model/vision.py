@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fourfold import ops
 from fourfold.config import RopeConfig, VisionConfig
 from fourfold.model.norm import RMSNorm
-from fourfold.model.sequence import END, IMAGE, START, Document, Patches
+from fourfold.model.sequence import END, IMAGE, Document, Patches
 
 
 class VisionAttention(nn.Module):
@@ -146,9 +146,8 @@ def whole_images(coords: Tensor, downsample: int) -> list[tuple[int, int, int]]:
 
 def after_image(document: Document, position: int) -> int:
     """``position``, or the end of the image that a cut before ``position`` would go through."""
-    image = document.modality == IMAGE
-    opened = int((image & (document.marks == START))[:position].sum())
-    closed = int((image & (document.marks == END))[:position].sum())
-    if opened == closed:
+    if not 0 < position < len(document) or document.modality[position - 1] != IMAGE:
         return position
-    return position + int((document.marks[position:] == END).nonzero()[0]) + 1
+    if document.marks[position - 1] == END:
+        return position
+    return position + int((document.marks[position:] == END).int().argmax()) + 1

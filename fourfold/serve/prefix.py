@@ -49,12 +49,15 @@ def _axes(document: Document) -> tuple[torch.Tensor, ...]:
 class PrefixStore:
     """Full pages that outlive their requests, the least recently used given up first.
 
-    The store holds one reference to each page. A page that requests use as well is never given up.
+    The store holds one reference to each page. A page that requests use as well is never given up. Where a model
+    keeps a tail, a sequence can go on only after a page whose tail is known; the ``max_tails`` newest are.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, max_tails: int = 0) -> None:
         self._pool = pool
         self._pages: OrderedDict[bytes, int] = OrderedDict()
+        self._tails: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._max_tails = max_tails
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -71,10 +74,19 @@ class PrefixStore:
             self._pages.move_to_end(key)
         return page
 
-    def put(self, key: bytes, page: int) -> None:
+    def tail(self, key: bytes) -> torch.Tensor | None:
+        """The tail of a sequence that ends with the page of this key."""
+        return self._tails.get(key)
+
+    def put(self, key: bytes, page: int, tail: torch.Tensor | None = None) -> None:
         if key not in self._pages:
             self._pool.retain([page])
             self._pages[key] = page
+        if tail is not None:
+            self._tails[key] = tail
+            self._tails.move_to_end(key)
+            while len(self._tails) > self._max_tails:
+                self._tails.popitem(last=False)
 
     def touch(self, keys: list[bytes]) -> None:
         """Marks a chain as used just now, its end as older than its beginning: ends are given up first."""
@@ -89,6 +101,7 @@ class PrefixStore:
         for key, page in list(self._pages.items()):
             if self._pool.references(page) == 1:
                 del self._pages[key]
+                self._tails.pop(key, None)
                 self._pool.release([page])
                 if self._pool.free >= pages:
                     return

@@ -31,7 +31,7 @@ def build_optimizers(model: nn.Module, cfg: Optimizer) -> list[torch.optim.Optim
             groups["indexers"].append(parameter)
         elif name.startswith("engrams.") and name.endswith("embed.weight"):
             groups["tables"].append(parameter)
-        elif name.endswith(("q_weight", "k_weight", "conv.weight")):  # per stream and channel, but no matrices
+        elif name.endswith(("q_weight", "k_weight", "conv.weight", "position_bias")):  # per channel, but no matrices
             groups["vectors"].append(parameter)
         elif name in ("embed_tokens.weight", "lm_head.weight") or name.endswith("delimiters"):
             groups["embeddings"].append(parameter)
