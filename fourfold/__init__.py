@@ -19,11 +19,14 @@ __version__ = "0.1.0"
 __all__ = ["ConfigError", "Model", "ModelConfig", "load"]
 
 
-def load(name: str = "nano", dtype: str | None = None) -> LocalModel:
-    """The model called ``name`` (bundled) or stored in the directory ``name``, ready to generate."""
+def load(name: str = "nano", dtype: str | None = None, quant: str | None = None, progress: bool = False) -> LocalModel:
+    """The model called ``name`` (bundled) or stored in the directory or GGUF file ``name``, ready to generate.
+
+    quant: "int8" or "int4", of the large weights; progress: a bar on stderr while loading.
+    """
     from fourfold.serve.local import LocalModel
 
-    return LocalModel.load(name, dtype=dtype)
+    return LocalModel.load(name, dtype=dtype, quant=quant, progress=progress)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,8 @@ SPAN_MARKS = 3  # learned rows per modality: start, newline, end
 MEDIA_KINDS = 3  # a router has a selection bias for each, whichever of them the model reads
 SHORT_CONV_TAPS = 4
 
-# Bytes a weight takes, scales included: one 16-bit scale per 128 weights of int8, per 32 weights of int4.
+# Bytes a weight takes, scales included: a 16-bit one per 32 weights of int4, a 32-bit one per row of int8, here of
+# 256 weights, which few rows fall short of.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 32}
 # Parts that int8 and int4 leave in bf16: small, or sensitive to rounding.
 KEPT_BF16 = ("embedding", "head", "indexer", "compressor", "router", "router_bias", "residual", "norms", "media")
@@ -131,6 +132,25 @@ def num_indexers(cfg: ModelConfig) -> int:
 def engram_rows(cfg: ModelConfig) -> int:
     """Rows of all Engram tables together."""
     return sum(prime for layer in engram_primes(cfg.engram) for order in layer for prime in order)
+
+
+def part_of(name: str) -> str:
+    """The part of ``by_part`` that a tensor of the model belongs to, by its name."""
+    path = name.split(".")
+    for part in ("mtp", "drafter", "media", "indexer", "compressor", "shared_experts"):
+        if part in path:
+            return part
+    if path[0] == "engrams":
+        return "engram_tables" if path[2] == "embed" else "engram_projections"
+    if "gate" in path:
+        return {"bias": "router_bias", "media_bias": "media"}.get(path[-1], "router")
+    if "mlp" in path:  # the experts of a layer are stacked into tensors that are nobody's weight
+        return "dense_ffn" if path[-1] == "weight" else "routed_experts"
+    if "self_attn" in path:
+        return "attention"
+    if not {"attn_residual", "mlp_residual", "collapse"}.isdisjoint(path):
+        return "residual"
+    return {"embed_tokens": "embedding", "lm_head": "head", "compression": "engram_projections"}.get(path[0], "norms")
 
 
 def _moe_layers(cfg: ModelConfig) -> int:

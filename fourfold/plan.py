@@ -214,9 +214,10 @@ def _step_seconds(parts: tuple[Part, ...], memories: tuple[Memory, ...]) -> dict
 
 def _assumptions(memories: tuple[Memory, ...], quant: str) -> tuple[str, ...]:
     speeds = ", ".join(f"{m.name} {m.bandwidth / 1e9:g} GB/s" for m in memories)
+    kept = "embedding, head, router, indexer, compressor, norms and mixing stay bf16"
     scales = {
-        "int8": "int8 has a 16-bit scale per 128 weights; embedding, head, router, indexer, norms and mixing stay bf16",
-        "int4": "int4 has a 16-bit scale per 32 weights; embedding, head, router, indexer, norms and mixing stay bf16",
+        "int8": f"int8 has a 32-bit scale per row, taken as one per 256 weights; {kept}",
+        "int4": f"int4 has a 16-bit scale per 32 weights; {kept}",
     }
     return (
         "tokens/s <= batch / max over memories of (bytes one step reads there / bandwidth): all memories work at once",

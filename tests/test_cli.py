@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -20,9 +21,11 @@ from safetensors.numpy import save_file
 
 import fourfold
 from fourfold.cli import main
-from fourfold.config import ModelConfig
+from fourfold.config import PRESETS, ModelConfig
+from fourfold.counts import count_parameters
 from fourfold.serve.request import Delta, Finished, Usage
 
+COMMANDS = ("serve", "chat", "generate", "inspect", "plan", "train", "eval", "data", "convert")
 FOURFOLD = [sys.executable, "-m", "fourfold"]
 USAGE = Usage(7, 2, 0, 1, 7, 0, 0, 0)
 
@@ -94,11 +97,11 @@ def refusal(capsys, *arguments: object) -> str:
 def test_help_names_every_command():
     result = run("--help")
     assert result.returncode == 0 and result.stderr == ""
-    for command in ("serve", "chat", "generate", "inspect", "train", "plan", "eval", "data"):
+    for command in COMMANDS:
         assert f"\n    {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "generate", "inspect", "train", "plan", "eval", "data"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -120,12 +123,21 @@ def test_every_command_explains_itself(command, capsys):
         (["plan", "v4", "--context", "2000000"], "context: must be between 1 and 1048576"),
         (["plan", "v4", "--batch", "0"], "batch"),
         (["plan", "v4", "--ram-bandwidth", "0"], "ram_bandwidth"),
-        (["plan", "v5"], "'v5' is neither a directory nor one of the presets"),
+        (["plan", "v5"], "'v5' is neither a directory nor a file nor one of the presets"),
+        (["serve", "nano", "--quant", "int3"], "--quant: invalid choice: 'int3'"),
+        (["generate", "nano", "--prompt", "x", "--dtype", "int3"], "dtype: is 'int3'"),
+        (["chat", "nowhere"], "model: 'nowhere' is neither bundled (nano) nor a directory"),
         (["inspect", "nowhere"], "'nowhere'"),
         (["inspect", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["train", "nowhere.toml"], "nowhere.toml"),
         (["train"], "RECIPE.toml"),
         (["eval", "astrology"], "SUITE: 'astrology' is unknown; choose one of"),
+        (["convert", "nano"], "DST"),
+        (["convert", "nowhere", "x"], "'nowhere' is neither bundled"),
+        (["convert", "nano", "x", "--family", "gpt2"], "family: is 'gpt2'; choose one of native"),
+        (["convert", "nano", "x", "--dialect", "old"], "--dialect: invalid choice: 'old'"),
+        (["convert", "nano", "x", "--storage", "int2"], "storage: is 'int2'"),
+        (["convert", "nano", "x", "--family", "llama"], "llama cannot express"),
         (["data"], "build|list"),
         (["data", "build", "everything"], "'everything' is unknown"),
     ],
@@ -178,6 +190,103 @@ def test_inspect_a_preset(capsys):
     assert "735,647,367,168" in table and "998,028,498,787" in table
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.toml")))
+def test_every_preset_can_be_inspected(name, capsys):
+    assert main(["inspect", name]) == 0
+    shown = capsys.readouterr().out
+    cfg = ModelConfig.preset(name)
+    assert f"total {count_parameters(cfg)['total']:,}, active" in shown
+    assert ("a sequence" in shown) == cfg.attention.is_compressed
+
+
+def test_inspect_says_which_parts_the_total_leaves_out(capsys):
+    outside = {"v4": "MTP, media", "v3": "MTP, router biases", "v2": "nothing", "v4.1-flash": "drafter, media"}
+    for name, parts in outside.items():
+        assert main(["inspect", name]) == 0
+        assert f"(without {parts})" in capsys.readouterr().out
+
+
+def released_directory(path: Path, dialect: str, storage: str) -> ModelConfig:
+    """A tiny V3 with one MTP layer, all zeros but for the shapes."""
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    from fourfold.model.transformer import Model
+    from fourfold.weights.families import FAMILIES
+    from fourfold.weights.families.entries import disk_shapes
+    from fourfold.weights.formats import encode
+
+    smaller = {"vocab_size": 280, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24}
+    smaller |= {"attention.num_attention_heads": 2, "attention.q_lora_rank": 16, "attention.kv_lora_rank": 16}
+    smaller |= {"moe.n_routed_experts": 8, "moe.moe_intermediate_size": 16, "moe.first_k_dense_replace": 1}
+    cfg = ModelConfig.preset("v3", **smaller, **{"moe.n_group": 2, "moe.topk_group": 2, "moe.num_experts_per_tok": 3})
+    family = FAMILIES["deepseek_v3"]
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Model(cfg).state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in disk_shapes(family.plan(cfg, dialect), shapes).items():
+        kind = storage if storage == "bf16" else family.tensor_format(name, storage)
+        stem, _, last = name.rpartition(".")
+        for suffix, tensor in encode(torch.zeros(shape), kind).items():
+            tensors[f"{stem}.{suffix}" if last == "weight" else name] = tensor
+    path.mkdir()
+    save_tensors(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(family.to_config(cfg, dialect)))
+    return cfg
+
+
+@pytest.mark.parametrize("dialect", ["released", "transformers"])
+def test_inspect_a_released_directory(dialect, tmp_path, capsys):
+    cfg = released_directory(tmp_path / "tiny", dialect, "fp8")
+    assert main(["inspect", str(tmp_path / "tiny"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["params"] == count_parameters(cfg)
+    assert (found["family"], found["dialect"], found["faults"]) == ("deepseek_v3", dialect, [])
+    experts = found["params"]["by_part"]["routed_experts"]
+    assert found["storage"]["routed_experts"] == {"F8_E4M3 + F32": experts}
+    assert found["storage"]["embedding"] == {"BF16": 280 * 32}
+    for part in ("attention", "dense_ffn", "router", "shared_experts", "norms"):
+        assert sum(found["storage"][part].values()) == found["params"]["by_part"][part]
+    assert any(t["name"].endswith("weight_scale_inv") for t in found["tensors"])
+
+    assert main(["inspect", str(tmp_path / "tiny")]) == 0
+    shown = capsys.readouterr().out
+    assert f"(deepseek_v3, {dialect})" in shown and "F8_E4M3 + F32" in shown and "would not load" not in shown
+
+
+def test_inspect_says_what_would_not_load(tmp_path, capsys):
+    released_directory(tmp_path / "tiny", "released", "bf16")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"vocab_size": 281}))
+    assert main(["inspect", str(tmp_path / "tiny")]) == 0
+    shown = capsys.readouterr().out
+    assert "would not load: lm_head.weight has shape [280, 32], the model's is [281, 32]" in shown
+
+
+def test_a_directory_without_weights_is_known_by_its_config(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(ModelConfig.preset("v4-mini").to_dict()))
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["params"] == count_parameters(ModelConfig.preset("v4-mini")) and "tensors" not in found
+    assert main(["plan", str(tmp_path), "--ram", "64GiB"]) == 0
+
+
+def test_a_directory_that_is_wrong_is_refused(tmp_path, capsys):
+    assert "config.json" in refusal(capsys, "inspect", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "model_type: is 'gpt2'" in refusal(capsys, "inspect", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    assert "hidden_size: must be of type int" in refusal(capsys, "plan", tmp_path)
+
+
+def test_a_broken_gguf_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "broken.gguf"
+    for content in (b"", b"GGUF", b"GGML" + bytes(60)):
+        path.write_bytes(content)
+        assert "broken.gguf" in refusal(capsys, "inspect", path)
+        assert "broken.gguf" in refusal(capsys, "generate", path, "--prompt", "x")
+
+
 def test_inspect_a_weights_file_reads_its_header(tmp_path, capsys):
     path = tmp_path / "weights.safetensors"
     save_file({"a.weight": np.zeros((3, 5), np.float16), "b": np.zeros(2, np.int64)}, path)
@@ -212,14 +321,14 @@ def test_a_huge_weights_file_is_not_read_but_for_its_header(tmp_path, capsys):
 def test_a_broken_weights_file_is_refused(content, tmp_path, capsys):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
-    assert "broken.safetensors: not a whole safetensors file" in refusal(capsys, "inspect", path)
+    assert "broken.safetensors: cannot be read" in refusal(capsys, "inspect", path)
 
 
 def test_a_truncated_weights_file_is_refused(tmp_path, capsys):
     path = tmp_path / "cut.safetensors"
     save_file({"a": np.zeros((30, 50), np.float32)}, path)
     path.write_bytes(path.read_bytes()[:-1])
-    assert "cut.safetensors: not a whole safetensors file" in refusal(capsys, "inspect", path)
+    assert "cut.safetensors: cannot be read: it is cut off at byte" in refusal(capsys, "inspect", path)
 
 
 class Trap:
@@ -234,7 +343,7 @@ class Trap:
 def test_a_pickle_is_refused_unopened(name, tmp_path, capsys):
     path = tmp_path / name
     path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    assert "only .safetensors files are read" in refusal(capsys, "inspect", path)
+    assert "only .safetensors and .gguf files are read" in refusal(capsys, "inspect", path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -289,7 +398,7 @@ def test_generate_reads_its_prompt_from_standard_input(model, monkeypatch, capsy
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
     assert main(["generate", "--prompt", "-"]) == 0
     assert model.asked[0][0][0].content == ["from a pipe\n"]
-    assert model.loaded == [("nano", {"dtype": None})]
+    assert model.loaded == [("nano", {"dtype": None, "quant": None, "progress": False})]
 
 
 def test_generate_attaches_media_before_the_text(model, picture, capsys):
@@ -384,8 +493,8 @@ def test_serve_hands_over_the_engine(model, monkeypatch):
 
     monkeypatch.setenv("FOURFOLD_API_KEY", "secret")
     monkeypatch.setattr("fourfold.api.server.run_server", run_server)
-    assert main(["serve", "runs/mine", "--port", "0", "--dtype", "bf16"]) == 0
-    assert model.loaded == [("runs/mine", {"dtype": "bf16"})]
+    assert main(["serve", "runs/mine", "--port", "0", "--dtype", "bf16", "--quant", "int4"]) == 0
+    assert model.loaded == [("runs/mine", {"dtype": "bf16", "quant": "int4", "progress": False})]
     assert served == {"engine": model.engine, "name": "mine", "host": "127.0.0.1", "port": 0, "api_key": "secret"}
 
 
@@ -412,7 +521,8 @@ def test_eval_runs_a_suite_and_keeps_its_scores(model, monkeypatch, tmp_path, ca
 
     monkeypatch.setattr(fourfold.eval, "__path__", [*fourfold.eval.__path__, str(tmp_path)])
     out = tmp_path / "scores.json"
-    assert main(["eval", "coin", "--samples", "4", "--seed", "1", "--json", str(out)]) == 0
+    assert main(["eval", "coin", "--samples", "4", "--seed", "1", "--quant", "int8", "--json", str(out)]) == 0
+    assert model.loaded == [("nano", {"dtype": None, "quant": "int8", "progress": False})]
     assert json.loads(out.read_text()) == report
     shown = capsys.readouterr().out
     assert "heads" in shown and "0.5" in shown
@@ -438,3 +548,24 @@ def test_data_lists_and_builds(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("fourfold.data.build.build", lambda name, out: build(name, out, {"text": "no network"}))
     assert main(["data", "build", "smoke"]) == 1
     assert built == [("smoke", tmp_path), ("smoke", None)]
+
+
+def test_convert_there_and_back(tmp_path, capsys):
+    import torch
+
+    from fourfold.text.tokenizer import train_tokenizer
+
+    cfg = released_directory(tmp_path / "tiny", "released", "fp8")
+    train_tokenizer(["a"], cfg.vocab_size).save(tmp_path / "tiny" / "tokenizer.json")
+    assert main(["convert", str(tmp_path / "tiny"), str(tmp_path / "ours"), "--storage", "fp32"]) == 0
+    assert f"{tmp_path / 'ours'}: native" in capsys.readouterr().out
+    back = [str(tmp_path / "ours"), str(tmp_path / "theirs")]
+    assert main(["convert", *back, "--family", "deepseek_v3", "--dialect", "transformers", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["path"], said["family"], said["storage"]) == (str(tmp_path / "theirs"), "deepseek_v3", "fp32")
+    assert main(["inspect", str(tmp_path / "theirs"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dialect"], found["faults"], found["params"]) == ("transformers", [], count_parameters(cfg))
+    with contextlib.closing(fourfold.load(str(tmp_path / "theirs"), quant="int8")) as model:
+        assert torch.equal(model.logits([0, 1]), torch.zeros(2, cfg.vocab_size))
+    assert "is there already" in refusal(capsys, "convert", *back)

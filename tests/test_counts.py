@@ -16,6 +16,7 @@ from fourfold.counts import (
     engram_primes,
     engram_rows,
     num_indexers,
+    part_of,
     prefill_flops,
     training_flops,
     weight_bytes,
@@ -303,6 +304,23 @@ def test_the_model_has_exactly_the_counted_parameters(cfg):
                 built += buffer.numel() * (3 if cfg.media.vision is None else 2) // 3
     counted = count_parameters(cfg)["by_part"]
     assert built == sum(counted.values()), f"built {built}, counted {counted}"
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_every_parameter_belongs_to_the_part_that_counts_it(cfg):
+    import torch
+
+    from fourfold.model.transformer import Model
+
+    with torch.device("meta"):
+        model = Model(cfg)
+    built = dict.fromkeys(count_parameters(cfg)["by_part"], 0)
+    for name, parameter in model.named_parameters():
+        built[part_of(name)] += parameter.numel()
+    counted = dict(count_parameters(cfg)["by_part"])
+    for part in ("router_bias", "mtp", "drafter", "media"):  # which hold buffers too
+        assert built.pop(part) <= counted.pop(part)
+    assert built == counted
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)

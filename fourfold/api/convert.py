@@ -36,9 +36,6 @@ AUDIO_MIME = {
     "webm": "audio/webm",
 }
 
-# reasoning_effort -> tokens after which a reasoning is closed
-BUDGETS = {"minimal": 64, "low": 256, "medium": 1024, "high": 4096}
-
 
 def to_request(body: ChatRequest, engine: Engine) -> Request:
     """Decodes media and builds the prompt; slow, so not for the event loop. Raises ApiError or ValueError."""
@@ -48,7 +45,7 @@ def to_request(body: ChatRequest, engine: Engine) -> Request:
     isolation = body.model_dump(include={"user", "user_id", "cache_salt"}, exclude_none=True)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     try:
-        prompt = engine.encode(to_messages(body.messages, engine.config.media), tools or None, thinking)
+        prompt = engine.encode(to_messages(body.messages, engine.config.media), tools or None, thinking, effort)
     except ChatError as error:
         raise ApiError(str(error), param=str(error).split(":")[0], code="invalid_value") from error
     return Request(
@@ -62,7 +59,7 @@ def to_request(body: ChatRequest, engine: Engine) -> Request:
         max_tokens=body.max_completion_tokens or body.max_tokens,
         stop=tuple(stop),
         thinking=thinking,
-        thinking_budget=BUDGETS.get(effort or ""),
+        thinking_budget=engine.chat.budget(effort),
         tools=bool(tools),
         salt=json.dumps(isolation) if isolation else "",
     )

@@ -40,7 +40,7 @@ def fit_sides(height: int, width: int, cfg: VisionConfig) -> tuple[int, int]:
     if rows < 1:
         return cell, (most - 1) * cell
     scale = min(math.floor(columns) * cell / wide, math.floor(rows) * cell / tall)
-    return math.floor(tall * scale / patch) * patch, math.floor(wide * scale / patch) * patch
+    return max(math.floor(tall * scale / patch), 1) * patch, max(math.floor(wide * scale / patch), 1) * patch
 
 
 def place_on_grey(image: np.ndarray, height: int, width: int) -> np.ndarray:

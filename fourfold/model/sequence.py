@@ -26,7 +26,8 @@ class Patches:
     """Continuous inputs of one modality.
 
     index: int64 [M], position on the token axis; values: float32 [M, features];
-    coords: float32 [M, 3], time in seconds, row and column of the patch (0 where the modality has none).
+    coords: float32 [M, 3], time in seconds, row and column of the patch (0 where the modality has none); for an image
+    tower the patch rows and columns of the picture and the number of the token in it.
     """
 
     index: Tensor

@@ -44,6 +44,7 @@ def prepare(
             for child in STACKS:
                 w = getattr(module, child)
                 stack = QuantizedStack(tuple(w.shape), kind, dtype or w.dtype, device or w.device)
+                delattr(module, child)  # a name that holds a parameter takes no module
                 setattr(module, child, stack.train(module.training))
                 made[f"{name}.{child}"] = stack
     return made

@@ -51,9 +51,7 @@ class QuantizedWeight(nn.Module):
         if (index is None) != (not stack) or (index is not None and not 0 <= index < stack[0]):
             raise ValueError(f"put: index {index} is not part of a weight of shape {list(self.shape)}")
         if rows.dim() != 2 or rows.shape[1] != width or not 0 <= row_start <= height - len(rows):
-            raise ValueError(
-                f"put: rows of shape {list(rows.shape)} from row {row_start} do not fit {[height, width]}"
-            )
+            raise ValueError(f"put: rows of shape {list(rows.shape)} from row {row_start} do not fit {[height, width]}")
         if self.codes.is_meta:
             raise ValueError("put: the weight is on the meta device and cannot hold numbers")
         codes, scales = ops.quantize_int8(rows) if self.kind == "int8" else ops.quantize_int4(rows, INT4_GROUP)

@@ -19,19 +19,22 @@ from fourfold.media.processor import build_document
 from fourfold.model.cache import Cache, PagePool, SequenceState, layout, page_numbers
 from fourfold.model.sequence import TEXT, Document, pack
 from fourfold.model.transformer import Model
+from fourfold.model.vision import after_image
 from fourfold.serve.prefix import PrefixStore
 from fourfold.serve.request import EngineBusy, EngineError, Failed, Handle, Request, RequestError
 from fourfold.serve.running import Grammar, Running
-from fourfold.text.chat import Message, encode_chat
+from fourfold.text.chat import Message, Piece
+from fourfold.text.formats import ChatFormat, default_chat
 from fourfold.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CACHE = 2**30  # bytes
+TAIL_CACHE = 2**28  # bytes that the tails of prefixes may take
 
 
 class Engine:
-    """Serves a model to many clients at once.
+    """Serves a model to many clients at once, in its ``chat`` format (default: the native one).
 
     ``pages``: size of the cache in pages of ``page_size`` positions (default: four full contexts, if 1 GiB holds them);
     ``max_running``: sequences in a step; ``max_waiting``: requests that may queue; ``prefill_tokens``: prompt
@@ -42,6 +45,7 @@ class Engine:
         self,
         model: Model,
         tokenizer: Tokenizer,
+        chat: ChatFormat | None = None,
         *,
         pages: int | None = None,
         page_size: int = 16,
@@ -52,6 +56,7 @@ class Engine:
         parameter = next(model.parameters())
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.chat = chat or default_chat(tokenizer)
         self.config = model.cfg
         kept = layout(self.config)
         page_size = math.lcm(page_size, kept.multiple)
@@ -64,8 +69,8 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         self._device = parameter.device
         self._pool = PagePool(self.config, self.pages, page_size, parameter.dtype, parameter.device)
-        self._prefixes = PrefixStore(self._pool)
-        self._grammar = Grammar(tokenizer, self.config.vocab_size)
+        self._prefixes = PrefixStore(self._pool, max_tails=max(1, TAIL_CACHE // (4 * kept.tail_width or 1)))
+        self._grammar = Grammar(self.chat, self.config.vocab_size)
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
         self._changed = threading.Condition()
@@ -93,16 +98,28 @@ class Engine:
             "cached_pages": len(self._prefixes),
         }
 
-    def encode(self, messages: list[Message], tools: list[dict] | None = None, thinking: bool = False) -> Document:
+    def encode(
+        self,
+        messages: list[Message],
+        tools: list[dict] | None = None,
+        thinking: bool = False,
+        effort: str | int | None = None,
+    ) -> Document:
         """The prompt of a conversation. Raises ValueError (MediaError for media that the model cannot take)."""
-        pieces = encode_chat(messages, self.tokenizer, tools=tools, thinking=thinking)
+        return self._document(self.chat.encode(messages, tools, thinking, effort))
+
+    def encode_text(self, text: str) -> Document:
+        """The prompt of a plain text to go on with."""
+        return self._document(self.chat.continue_text(text))
+
+    def _document(self, pieces: list[Piece]) -> Document:
         return build_document(pieces, self.config.media, self.tokenizer)
 
     def submit(self, request: Request) -> Handle:
         """Queues a request. Raises RequestError if it can never fit, EngineBusy or EngineError if it is not taken."""
         max_tokens, budget = self._measure(request)
         handle = Handle()
-        running = Running(request, handle, max_tokens, budget, self._grammar, self.tokenizer)
+        running = Running(request, handle, max_tokens, budget, self._grammar)
         with self._changed:
             if not self.alive:
                 raise EngineError("the engine has stopped")
@@ -166,10 +183,10 @@ class Engine:
         left = self.prefill_tokens
         prefilling = [r for r in self._running if r.prefilling]
         for running in prefilling:
-            if left == 0:
+            if left <= 0:
                 break
             self._reuse(running)
-            chunk = running.chunk(left)
+            chunk = running.chunk(self._portion(running, left))
             left -= len(chunk)
             batch.append((running, chunk))
             self._running.remove(running)  # to the end of the line: prompts take turns
@@ -204,21 +221,50 @@ class Engine:
     def _reuse(self, running: Running) -> None:
         """Takes over cached pages that hold the next positions of the prompt; the last one is always computed."""
         state, prompt, size = running.state, running.request.prompt, self.page_size
-        while state.length % size == 0 and state.length + size < len(prompt):
-            page = self._prefixes.get(running.key(state.length // size, size))
+        if state.length % size:
+            return
+        found: list[int] = []
+        usable, tail = 0, None
+        while state.length + (len(found) + 1) * size < len(prompt):
+            key = running.key(state.length // size + len(found), size)
+            page = self._prefixes.get(key)
             if page is None:
-                return
-            self._pool.retain([page])
-            state.pages.append(page)
-            content = prompt.slice(state.length, state.length + size)
-            state.history += torch.where(content.modality == TEXT, content.tokens, -1).tolist()
-            state.length += size
-            running.cached += size
-            running.published += 1
+                break
+            found.append(page)
+            if self._cuts_image(prompt, state.length + len(found) * size):
+                continue
+            if not self._pool.layout.tail_width:
+                usable = len(found)
+            elif (known := self._prefixes.tail(key)) is not None:
+                usable, tail = len(found), known
+        if not usable:
+            return
+        self._pool.retain(found[:usable])
+        state.pages += found[:usable]
+        content = prompt.slice(state.length, state.length + usable * size)
+        state.history += torch.where(content.modality == TEXT, content.tokens, -1).tolist()
+        state.length += usable * size
+        state.tail = tail
+        running.cached += usable * size
+        running.published += usable
+
+    def _portion(self, running: Running, limit: int) -> int:
+        """How much of a prompt to compute now: to the end of a page where there is a tail, so that it can be kept, and
+        past the end of an image that a tower must see whole."""
+        start, prompt = running.state.length, running.request.prompt
+        stop = min(start + limit, len(prompt))
+        if self._pool.layout.tail_width:
+            ends = range(stop - stop % self.page_size, start, -self.page_size)
+            stop = next((end for end in ends if not self._cuts_image(prompt, end)), stop)
+        return (after_image(prompt, stop) if self._cuts_image(prompt, stop) else stop) - start
+
+    def _cuts_image(self, prompt: Document, position: int) -> bool:
+        """Whether a chunk that ends before ``position`` would hold a part of an image, which a tower cannot see."""
+        return self.config.media.vision is not None and after_image(prompt, position) != position
 
     def _forward(self, batch: list[tuple[Running, Document]]) -> None:
         """Computes the chunks together. If that fails, each one alone, so that only the guilty request fails."""
-        before = [(r.state.length, len(r.state.history)) for r, _ in batch]
+        before = [(r.state.length, len(r.state.history), r.state.tail) for r, _ in batch]
         try:
             states = [r.state for r, _ in batch]
             self._prefixes.make_room(sum(self._new_pages(r, chunk) for r, chunk in batch))
@@ -226,8 +272,8 @@ class Engine:
             with torch.inference_mode():
                 logits = self.model(packed, cache=Cache(self._pool, states), logits="last").logits.float().cpu()
         except Exception as error:
-            for (running, _), (length, history) in zip(batch, before, strict=True):
-                running.state.length = length
+            for (running, _), (length, history, tail) in zip(batch, before, strict=True):
+                running.state.length, running.state.tail = length, tail
                 del running.state.history[history:]
             if len(batch) > 1:
                 for one in batch:
@@ -248,7 +294,9 @@ class Engine:
                 raise FloatingPointError("the model's output is not finite")
             full = running.state.length // self.page_size
             for number in range(running.published, full):
-                self._prefixes.put(running.key(number, self.page_size), running.state.pages[number])
+                ends_here = (number + 1) * self.page_size == running.state.length
+                tail = running.state.tail if ends_here else None
+                self._prefixes.put(running.key(number, self.page_size), running.state.pages[number], tail)
             running.published = full
             if not running.prefilling and running.accept(logits):
                 self._retire(running)

@@ -21,6 +21,7 @@ from fourfold.model.transformer import Model
 from fourfold.serve.engine import Engine
 from fourfold.serve.request import Delta, Finished, Request, Sampling
 from fourfold.text.chat import Media, Message
+from fourfold.text.formats import ChatFormat, default_chat, load_chat
 from fourfold.text.tokenizer import Tokenizer
 from fourfold.weights.checkpoint import load_model, resolve
 
@@ -57,27 +58,33 @@ def decode_media(modality: str, source: Source, config: MediaConfig, mime: str |
 
 
 class LocalModel:
-    """Model, tokenizer and config, with an engine that starts at the first ``generate``."""
+    """Model, tokenizer, chat format and config, with an engine that starts at the first ``generate``."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, name: str = "") -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, name: str = "", chat: ChatFormat | None = None) -> None:
         self.name = name
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.chat = chat or default_chat(tokenizer)
         self.config = model.cfg
 
     @classmethod
-    def load(cls, name: str | Path, dtype: str | None = None) -> LocalModel:
-        """The bundled model called ``name``, or the one in the directory ``name``, in ``dtype`` (None: float32).
+    def load(
+        cls, name: str | Path, dtype: str | None = None, quant: str | None = None, progress: bool = False
+    ) -> LocalModel:
+        """The bundled model called ``name``, or the one in the directory or GGUF file ``name``.
 
-        Raises ValueError if there is none, or if ``dtype`` is no type of floating-point numbers.
+        dtype: None is float32; quant: "int8" or "int4" of the large weights, made while loading; progress: a bar on
+        stderr. Raises ValueError if there is no such model, or for a dtype or quant that is none.
         """
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        return cls(*load_model(resolve(str(name)), DTYPES[dtype or "float32"]), name=Path(name).name)
+        directory = resolve(str(name))
+        model, tokenizer = load_model(directory, DTYPES[dtype or "float32"], quant, progress)
+        return cls(model, tokenizer, Path(name).name, load_chat(directory, None, tokenizer))
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model, self.tokenizer)
+        return Engine(self.model, self.tokenizer, self.chat)
 
     def close(self) -> None:
         """Ends the engine's thread, if it was started."""
@@ -108,11 +115,13 @@ class LocalModel:
         seed: int | None = None,
         stop: Sequence[str] = (),
         thinking: bool = False,
+        effort: str | int | None = None,
         tools: list[dict[str, Any]] | None = None,
     ) -> Iterator[Delta | Finished]:
         """As :meth:`generate`, but also the reasoning, the tool calls and, at the end, the usage.
 
-        A prompt that is text is one user message, its media before the text. Raises ValueError on bad input.
+        A prompt that is text is one user message, its media before the text; ``effort`` is how long to think, by a
+        name (``low`` to ``max``) or, for DeepSeek-V4.1, a number to 100. Raises ValueError on bad input.
         """
         media = [
             decode_media(modality, source, self.config.media)
@@ -123,10 +132,28 @@ class LocalModel:
             prompt = [Message("user", [*media, prompt])]
         elif media:
             raise ValueError("images, audios, videos: put them into the content of the messages")
-        document = self.engine.encode(list(prompt), tools, thinking)
-        request = Request(
-            document, Sampling(temperature, top_p, top_k, seed), max_tokens, tuple(stop), thinking, tools=bool(tools)
-        )
+        document = self.engine.encode(list(prompt), tools, thinking, effort)
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        budget = self.chat.budget(effort)
+        return self._run(Request(document, sampling, max_tokens, tuple(stop), thinking, budget, bool(tools)))
+
+    def complete(
+        self,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """How ``text`` goes on, outside any conversation. Raises ValueError on bad input."""
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        events = self._run(Request(self.engine.encode_text(text), sampling, max_tokens, tuple(stop)))
+        return "".join(e.text for e in events if isinstance(e, Delta))
+
+    def _run(self, request: Request) -> Iterator[Delta | Finished]:
         handle = self.engine.submit(request)
 
         def events() -> Iterator[Delta | Finished]:

@@ -7,33 +7,30 @@ from torch import Tensor
 
 from fourfold.model.cache import SequenceState
 from fourfold.model.sequence import Document
+from fourfold.model.vision import after_image
 from fourfold.serve.prefix import extend_with_text, page_key, root_key
 from fourfold.serve.request import Delta, Finished, Handle, Request, Usage
 from fourfold.serve.sampler import StopFilter, make_generator, sample
-from fourfold.text.chat import StreamParser
-from fourfold.text.tokenizer import SPECIALS, Tokenizer
+from fourfold.text.formats import ChatFormat
+from fourfold.text.stream import Channel
 
 
 class Grammar:
     """Which special tokens may come next: the few that the chat format allows there, and never a role or medium."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.eos = tokenizer.special("<|eos|>")
-        self.end_of_thinking = tokenizer.special("</think>")
-        unused = list(range(tokenizer.vocab_size, vocab_size))  # rows of the head without a token
-        self._banned = {
-            (channel, tools): torch.tensor([tokenizer.special(s) for s in SPECIALS if s not in allowed] + unused)
-            for channel, tools, allowed in (
-                ("reasoning", False, ("<|eos|>", "</think>")),
-                ("reasoning", True, ("<|eos|>", "</think>")),
-                ("content", False, ("<|eos|>",)),
-                ("content", True, ("<|eos|>", "<tool_call>")),
-                ("tool_call", True, ("</tool_call>",)),
-            )
-        }
+    def __init__(self, chat: ChatFormat, vocab_size: int) -> None:
+        self.chat = chat
+        self.stops = chat.stops
+        tokenizer = chat.tokenizer
+        unused = {id for id in range(vocab_size) if not tokenizer.has(id)}  # rows of the head without a token
+        self._special = unused | {id for id in tokenizer.marks.values() if id < vocab_size}
+        self._banned: dict[tuple[Channel, bool], Tensor] = {}
 
-    def banned(self, channel: str, tools: bool) -> Tensor:
+    def banned(self, channel: Channel, tools: bool) -> Tensor:
         """int64 [k]: the ids that may not come next in ``channel``."""
+        if (channel, tools) not in self._banned:
+            left = sorted(self._special - self.chat.allowed(channel, tools))
+            self._banned[channel, tools] = torch.tensor(left, dtype=torch.int64)
         return self._banned[channel, tools]
 
 
@@ -44,9 +41,7 @@ class Running:
     that the cache knows already; ``keys``: those of its full pages, as far as they were asked for.
     """
 
-    def __init__(
-        self, request: Request, handle: Handle, max_tokens: int, budget: int, grammar: Grammar, tokenizer: Tokenizer
-    ):
+    def __init__(self, request: Request, handle: Handle, max_tokens: int, budget: int, grammar: Grammar) -> None:
         self.request = request
         self.handle = handle
         self.max_tokens = max_tokens
@@ -57,7 +52,7 @@ class Running:
         self.keys: list[bytes] = []
         self._grammar = grammar
         self._generator = make_generator(request.sampling)
-        self._parser = StreamParser(tokenizer, request.thinking)
+        self._parser = grammar.chat.parser(request.thinking, request.tools)
         self._stops = StopFilter(request.stop)
         self._ids: list[int] = []
         self._reasoning = 0
@@ -78,7 +73,8 @@ class Running:
         prompt = self.request.prompt
         while len(self.keys) <= page:
             start, stop = len(self.keys) * page_size, (len(self.keys) + 1) * page_size
-            content = prompt.slice(min(start, len(prompt)), min(stop, len(prompt)))
+            # what a page holds of an image may depend on all of it
+            content = prompt.slice(min(start, len(prompt)), after_image(prompt, min(stop, len(prompt))))
             generated = self._ids[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]
             previous = self.keys[-1] if self.keys else root_key(self.request.salt)
             self.keys.append(page_key(previous, extend_with_text(content, generated)))
@@ -89,7 +85,7 @@ class Running:
         id = self._next(logits)
         self._ids.append(id)
         self._reasoning += self._parser.channel == "reasoning"
-        if id == self._grammar.eos:
+        if id in self._grammar.stops:
             self._say_rest()
             self.finish("tool_calls" if self._called else "stop")
             return True
@@ -108,8 +104,9 @@ class Running:
 
     def _next(self, logits: Tensor) -> int:
         channel = self._parser.channel
-        if channel == "reasoning" and self._reasoning == self.request.thinking_budget:
-            return self._grammar.end_of_thinking
+        end = self._grammar.chat.end_of_thinking
+        if channel == "reasoning" and end is not None and self._reasoning == self.request.thinking_budget:
+            return end
         banned = self._grammar.banned(channel, self.request.tools)
         return sample(logits, self.request.sampling, self._generator, banned)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fourfold.text.chat import ChatError, Message, Piece, Writer
@@ -15,22 +15,15 @@ class ChatFormat(ABC):
     """How one model writes conversations.
 
     ``bos``: what begins a text, or None; ``stops``: ids that end an answer; ``end_of_thinking``: the id that closes a
-    reasoning, None in a model without; ``placeholders``: the token that stands for the positions of a modality.
+    reasoning, None in a model without.
     """
 
     end_of_thinking: int | None = None
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        bos: int | None,
-        stops: Collection[int],
-        placeholders: Mapping[str, int] | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, bos: int | None, stops: Collection[int]) -> None:
         self.tokenizer = tokenizer
         self.bos = bos
         self.stops = frozenset(stops)
-        self.placeholders = dict(placeholders or {})
 
     @abstractmethod
     def encode(
@@ -67,16 +60,6 @@ class ChatFormat(ABC):
             out.token(self.bos)
         out.text(text)
         return out.done()
-
-    def special(self, name: str) -> int:
-        """The id of a modality's positions by the native name of it (``<|image|>``), as ``build_document`` asks.
-
-        Raises :class:`ChatError` if the format has no place for the modality.
-        """
-        modality = name.strip("<|>")
-        if modality not in self.placeholders:
-            raise ChatError(f"content: this model's chat format has no place for {modality}")
-        return self.placeholders[modality]
 
     def _ids(self, *names: str) -> frozenset[int]:
         return frozenset(self.tokenizer.marks[name] for name in names if name in self.tokenizer.marks)

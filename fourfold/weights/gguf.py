@@ -62,7 +62,7 @@ class GgufFile:
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from None
         self.data = np.frombuffer(self._map, dtype=np.uint8)
-        walk = _Walk(self.path, self.data)
+        walk = _Walk(self.path, self._map)
         self.metadata = walk.metadata
         self.tensors = walk.tensors
         self._check_kinds()
@@ -125,23 +125,22 @@ class GgufFile:
 class _Walk:
     """One pass over the header of ``data``; what it finds is checked before it is used."""
 
-    def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.path, self.data, self.at = path, data, 0
-        if bytes(self.data[:4]) != b"GGUF":
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at, self.end = path, data, 4, len(data)
+        if data[:4] != b"GGUF":
             raise self.error("is no GGUF file: it does not begin with those letters")
-        self.at = 4
-        version = self.integer("<u4", "the version")
+        version = self.integer(4, "the version")
         if version not in (2, 3):
             swapped = version & 0xFFFF == 0
             raise self.error("is big-endian" if swapped else f"is GGUF version {version}; versions 2 and 3 can be read")
-        n_tensors = self.count("<u8", SMALLEST_TENSOR, "the number of tensors")
-        n_fields = self.count("<u8", SMALLEST_FIELD, "the number of metadata fields")
+        n_tensors = self.count(SMALLEST_TENSOR, "the number of tensors")
+        n_fields = self.count(SMALLEST_FIELD, "the number of metadata fields")
         self.metadata: dict[str, Any] = {}
         for number in range(n_fields):
             key = self.string(f"the name of metadata field {number}")
             if key in self.metadata:
                 raise self.error(f"has the metadata field {key!r} twice")
-            self.metadata[key] = self.value(self.integer("<u4", f"the type of {key}"), key)
+            self.metadata[key] = self.value(self.integer(4, f"the type of {key}"), key)
         if (parts := self.metadata.get("split.count", 1)) not in (0, 1):
             raise self.error(f"is one of {parts} parts; join them into one file first")
         self.tensors = self.tensor_infos(n_tensors)
@@ -149,32 +148,32 @@ class _Walk:
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}")
 
-    def take(self, size: int, what: str) -> np.ndarray:
+    def take(self, size: int, what: str) -> bytes:
         end = self.at + size
-        if end > len(self.data):
+        if end > self.end:
             raise self.error(
-                f"is truncated: the file ends at offset {len(self.data)}, {what} at offset {self.at} wants it to "
+                f"is truncated: the file ends at offset {self.end}, {what} at offset {self.at} wants it to "
                 f"reach offset {end}"
             )
         taken, self.at = self.data[self.at : end], end
         return taken
 
-    def integer(self, kind: str, what: str) -> int:
-        return int(self.take(np.dtype(kind).itemsize, what).view(kind)[0])
+    def integer(self, size: int, what: str) -> int:
+        return int.from_bytes(self.take(size, what), "little")
 
-    def count(self, kind: str, smallest: int, what: str) -> int:
+    def count(self, smallest: int, what: str) -> int:
         """A number of items, each at least ``smallest`` bytes long, that are to follow."""
-        count = self.integer(kind, what)
-        left = len(self.data) - self.at
+        count = self.integer(8, what)
+        left = self.end - self.at
         if count * smallest > left:
             raise self.error(
                 f"is truncated or broken: {what} at offset {self.at - 8} is {count}, which takes at least "
-                f"{count * smallest} bytes; the file ends at offset {len(self.data)}, {left} bytes further on"
+                f"{count * smallest} bytes; the file ends at offset {self.end}, {left} bytes further on"
             )
         return count
 
     def string(self, what: str) -> str:
-        raw = bytes(self.take(self.integer("<u8", what), what))
+        raw = self.take(self.integer(8, what), what)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -187,16 +186,17 @@ class _Walk:
             return self.string(key)
         if kind != ARRAY:
             raise self.error(f"{key} at offset {self.at} is of the unknown type {kind}")
-        item = self.integer("<u4", key)
+        item = self.integer(4, key)
         if item == STRING:
-            return [self.string(key) for _ in range(self.count("<u8", 8, f"the length of {key}"))]
+            return [self.string(key) for _ in range(self.count(8, f"the length of {key}"))]
         if item not in SCALARS:
             raise self.error(f"{key} at offset {self.at} is an array of the unsupported type {item}")
         kind_of = SCALARS[item]
-        return self.scalars(kind_of, self.count("<u8", np.dtype(kind_of).itemsize, f"the length of {key}"), key)
+        return self.scalars(kind_of, self.count(np.dtype(kind_of).itemsize, f"the length of {key}"), key)
 
     def scalars(self, kind: str, count: int, key: str) -> list[Any]:
-        values = self.take(np.dtype(kind).itemsize * count, key).view("u1" if kind == "?" else kind)
+        raw = self.take(np.dtype(kind).itemsize * count, key)
+        values = np.frombuffer(raw, "u1" if kind == "?" else kind)
         if kind == "?":
             return [bool(value) for value in values]
         # 1e-6 in 32 bits is 9.99999997e-7 in 64; its shortest decimal is what was meant
@@ -219,9 +219,9 @@ class _Walk:
             if info.offset % alignment:
                 raise self.error(f"{name} lies at {info.offset} of the data, which is no multiple of {alignment}")
             offset = base + info.offset
-            if offset + info.size > len(self.data):
+            if offset + info.size > self.end:
                 raise self.error(
-                    f"is truncated: the file ends at offset {len(self.data)}, {name} wants offsets {offset} to "
+                    f"is truncated: the file ends at offset {self.end}, {name} wants offsets {offset} to "
                     f"{offset + info.size}; the whole file has {end} bytes"
                 )
             tensors[name] = TensorInfo(info.shape, info.kind, offset, info.size)
@@ -229,12 +229,11 @@ class _Walk:
 
     def tensor_info(self, name: str) -> TensorInfo:
         """Of the tensor whose name was just read; ``offset`` still counts from the start of the data."""
-        dimensions = self.integer("<u4", name)
+        dimensions = self.integer(4, name)
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise self.error(f"{name} has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are possible")
-        shape = tuple(int(size) for size in self.take(8 * dimensions, name).view("<u8")[::-1])
-        number = self.integer("<u4", name)
-        offset = self.integer("<u8", name)
+        shape = tuple(self.integer(8, name) for _ in range(dimensions))[::-1]
+        number, offset = self.integer(4, name), self.integer(8, name)
         try:
             kind = GGMLQuantizationType(number)
             block, size = GGML_QUANT_SIZES[kind]

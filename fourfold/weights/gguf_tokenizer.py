@@ -81,13 +81,12 @@ SPLITTINGS = {
 
 @dataclass(frozen=True)
 class ChatMetadata:
-    """What a chat format needs beside the tokenizer. Token strings are empty and ``template`` None if unsaid."""
+    """What a chat format needs beside the tokenizer."""
 
-    template: str | None
-    bos_token: str
-    eos_token: str
-    add_bos: bool  # whether plain text begins with ``bos_token``
+    templates: dict[str, str]  # Jinja sources by name; that without a name is "default"
+    names: dict[str, str | None]  # what templates call bos_token, eos_token and so on
     stop_ids: tuple[int, ...]  # ids that end a turn
+    add_bos: bool  # whether plain text begins with the bos_token
 
 
 def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, ChatMetadata]:
@@ -154,28 +153,30 @@ def _with_bars(token: str) -> str:
 def _chat(file: GgufFile, tokens: list[str], splitting: Splitting) -> ChatMetadata:
     faults: list[str] = []
 
-    def identity(name: str) -> int | None:
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = file.metadata.get(key)
-        if value is None or (type(value) is int and 0 <= value < len(tokens)):
-            return value
-        faults.append(f"{file.path}: {key} is {value!r}, there are {len(tokens)} tokens")
-        return None
-
     def said(name: str, kind: type, default: Any) -> Any:
         value = file.metadata.get(name, default)
         if value is not default and type(value) is not kind:
             faults.append(f"{file.path}: {name} must be of type {kind.__name__}")
+            return default
         return value
 
-    bos, eos = identity("bos"), identity("eos")
-    stops = dict.fromkeys(i for i in (eos, identity("eot"), identity("eom")) if i is not None)
+    def identity(name: str) -> int | None:
+        value: int | None = said(f"tokenizer.ggml.{name}_token_id", int, None)
+        if value is not None and not 0 <= value < len(tokens):
+            faults.append(f"{file.path}: tokenizer.ggml.{name}_token_id is {value}, there are {len(tokens)} tokens")
+            return None
+        return value
+
+    ids = {"bos": identity("bos"), "eos": identity("eos"), "pad": identity("padding"), "unk": identity("unknown")}
+    stops = dict.fromkeys(i for i in (ids["eos"], identity("eot"), identity("eom")) if i is not None)
+    keys = {"default": "tokenizer.chat_template"}
+    keys |= {str(name): f"tokenizer.chat_template.{name}" for name in said("tokenizer.chat_templates", list, [])}
+    templates = {name: said(key, str, None) for name, key in keys.items()}
     chat = ChatMetadata(
-        template=said("tokenizer.chat_template", str, None),
-        bos_token="" if bos is None else tokens[bos],
-        eos_token="" if eos is None else tokens[eos],
-        add_bos=said("tokenizer.ggml.add_bos_token", bool, splitting.whole) and bos is not None,
+        templates={name: text for name, text in templates.items() if text is not None},
+        names={f"{name}_token": None if i is None else tokens[i] for name, i in ids.items()},
         stop_ids=tuple(stops),
+        add_bos=said("tokenizer.ggml.add_bos_token", bool, splitting.whole) and ids["bos"] is not None,
     )
     if faults:
         raise CheckpointError(*faults)

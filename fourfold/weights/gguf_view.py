@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ EXPERT_NAMES = {
     "ffn_down_exps": ("down_proj",),
     "ffn_gate_up_exps": ("gate_proj", "up_proj"),
 }
+MAX_SIZE = 1 << 19  # of any width or count: nothing comes near, and products of three stay far below 64 bits
+MAX_POSITIONS = 1 << 31
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0  # GGUF keeps what follows from them, not the numbers
 
@@ -87,47 +90,49 @@ class GgufView:
         self.config = read_config(self.file)
         self._views: dict[str, Rows | SplitExpansion] = {}
         for name in self.file.names():
-            self._add(name)
+            for released, view in self._seen(name):
+                if released in self._views:
+                    raise CheckpointError(f"{self.file.path}: {name} is {released}, which another tensor is too")
+                self._views[released] = view
 
-    def _add(self, name: str) -> None:
+    def _seen(self, name: str) -> Iterator[tuple[str, Rows | SplitExpansion]]:
+        """The released tensors that a tensor of the file holds, or begins to hold."""
         shape = self.file.shape(name)
         layer, stem, suffix = _split_name(name)
         prefix = f"model.layers.{layer}."
-        if name == ROPE_FACTORS:
+        if name == ROPE_FACTORS and "kv_lora_rank" not in self.config:
             return  # said by config
-        if stem in EXPERT_NAMES and len(shape) == 3:
+        if stem in EXPERT_NAMES and len(shape) == 3 and shape[0] == self.config.get("n_routed_experts"):
             parts = EXPERT_NAMES[stem]
             rows = shape[1] // len(parts)
             for expert in range(shape[0]):
                 for number, part in enumerate(parts):
                     released = f"{prefix}mlp.experts.{expert}.{part}.{suffix}"
-                    self._views[released] = Rows(name, (rows, shape[2]), expert * shape[1] + number * rows)
-        elif stem in ("attn_k_b", "attn_v_b") and len(shape) == 3:
-            keys, values = (f"blk.{layer}.{half}.{suffix}" for half in ("attn_k_b", "attn_v_b"))
-            whole = {keys, values} <= set(self.file.tensors)
-            if whole and stem == "attn_k_b":
-                self._views[f"{prefix}self_attn.kv_b_proj.{suffix}"] = self._expansion(keys, values)
-            elif not whole:
-                self._views[name] = Rows(name, shape)
+                    yield released, Rows(name, (rows, shape[2]), expert * shape[1] + number * rows)
+        elif stem in ("attn_k_b", "attn_v_b"):
+            whole, keys, values = (f"blk.{layer}.attn_{part}_b.{suffix}" for part in ("kv", "k", "v"))
+            if whole in self.file.tensors:
+                return  # some files hold both forms
+            halves = [self.file.tensors[half].shape for half in (keys, values) if half in self.file.tensors]
+            if [len(half) for half in halves] != [3, 3] or halves[0][:2] != (halves[1][0], halves[1][2]):
+                yield name, Rows(name, shape)
+            elif stem == "attn_k_b":
+                (heads, latent, key), value = halves[0], halves[1][1]
+                expansion = SplitExpansion(keys, values, (heads * (key + value), latent), heads)
+                yield f"{prefix}self_attn.kv_b_proj.{suffix}", expansion
         elif stem == "exp_probs_b":
-            self._views[f"{prefix}mlp.gate.e_score_correction_bias"] = Rows(name, shape)
+            yield f"{prefix}mlp.gate.e_score_correction_bias", Rows(name, shape)
         elif stem in LAYER_NAMES:
-            self._views[f"{prefix}{LAYER_NAMES[stem]}.{suffix}"] = Rows(name, shape, heads=self._turned_heads(stem, shape))
+            yield f"{prefix}{LAYER_NAMES[stem]}.{suffix}", Rows(name, shape, heads=self._turned_heads(stem, shape))
         else:
-            self._views[TOP_NAMES.get(name, name)] = Rows(name, shape)
+            yield TOP_NAMES.get(name, name), Rows(name, shape)
 
     def _turned_heads(self, stem: str, shape: tuple[int, ...]) -> int:
         """Heads whose rows the conversion reordered; 0 if it did not, or if they do not fit: the loader will say so."""
         if self.config["model_type"] != "llama" or stem not in ("attn_q", "attn_k"):
             return 0
         heads = int(self.config["num_attention_heads" if stem == "attn_q" else "num_key_value_heads"])
-        return 0 if not heads or shape[0] % (2 * heads) else heads
-
-    def _expansion(self, keys: str, values: str) -> SplitExpansion:
-        (heads, latent, key), (value_heads, value, value_latent) = self.file.shape(keys), self.file.shape(values)
-        if (heads, latent) != (value_heads, value_latent):
-            raise CheckpointError(f"{self.file.path}: {keys} and {values} differ in heads or in latent size")
-        return SplitExpansion(keys, values, (heads * (key + value), latent), heads)
+        return heads if heads and shape[0] % (2 * heads) == 0 and len(shape) <= 2 else 0
 
     def names(self) -> list[str]:
         return list(self._views)
@@ -182,7 +187,7 @@ class GgufView:
 
 def _split_name(name: str) -> tuple[int, str, str]:
     """``blk.7.attn_q.weight`` -> 7, ``attn_q``, ``weight``; other names give no stem."""
-    match = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", name)
     return (int(match[1]), match[2], match[3]) if match else (-1, "", "")
 
 
@@ -190,26 +195,32 @@ class _Metadata:
     """Fields of one architecture by name, with their types checked; collects faults."""
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
-        self.values, self.prefix, self.faults = file.metadata, f"{architecture}.", []
+        self.values, self.prefix = file.metadata, f"{architecture}."
+        self.faults: list[str] = []
 
     def has(self, name: str) -> bool:
         return self.prefix + name in self.values
 
-    def get(self, name: str, kind: type, default: Any = None) -> Any:
+    def get(self, name: str, kind: type[Any], default: Any = None) -> Any:
         """The field, or ``default``; a fault without one. A list of equal numbers, one per layer, is one number."""
         value = self.values.get(self.prefix + name, default)
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if value is None:
-            self.faults.append(f"{self.prefix}{name} is missing")
+            self.fault(f"{name} is missing")
         elif type(value) is not kind and not (kind is float and type(value) is int):
             shown = "a list of different values" if isinstance(value, list) else repr(value)[:40]
-            self.faults.append(f"{self.prefix}{name} is {shown}, must be of type {kind.__name__}")
+            self.fault(f"{name} is {shown}, must be of type {kind.__name__}")
+        elif kind is int and not 0 <= value <= (MAX_POSITIONS if name.endswith("context_length") else MAX_SIZE):
+            self.fault(f"{name} is {value}, out of any range")
+        elif kind is float and not math.isfinite(value):
+            self.fault(f"{name} is {value}, must be finite")
         else:
-            if kind is not int or 0 <= value < 1 << 31:
-                return kind(value)
-            self.faults.append(f"{self.prefix}{name} is {value}, out of any range")
+            return kind(value)
         return kind(1)  # read on, to list every fault
+
+    def fault(self, message: str) -> None:
+        self.faults.append(self.prefix + message)
 
 
 def read_config(file: GgufFile) -> dict[str, Any]:
@@ -237,6 +248,8 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **build(file, data),
     }
+    if config["num_hidden_layers"] > len(file.tensors):
+        data.fault(f"block_count is {config['num_hidden_layers']}, there are {len(file.tensors)} tensors")
     for name in ("bos", "eos", "pad"):
         identity = file.metadata.get(f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id")
         if isinstance(identity, int):
@@ -252,10 +265,10 @@ def _plain(file: GgufFile, data: _Metadata) -> dict[str, Any]:
     head_dim = data.get("embedding_length", int) // heads
     head_dim = data.get("attention.key_length", int, data.get("rope.dimension_count", int, head_dim))
     if data.has("expert_count") and data.get("expert_count", int):
-        data.faults.append(f"{data.prefix}expert_count: experts are read of deepseek2 only")
+        data.fault("expert_count: experts are read of deepseek2 only")
     for name in ("rope.dimension_count", "attention.value_length"):
         if (size := data.get(name, int, head_dim)) != head_dim:
-            data.faults.append(f"{data.prefix}{name} is {size}, must equal the size of a head ({head_dim})")
+            data.fault(f"{name} is {size}, must equal the size of a head ({head_dim})")
     scaling = _rope_scaling(data)
     if ROPE_FACTORS in file.tensors:
         scaling = _llama3_scaling(file, data, head_dim)
@@ -275,15 +288,18 @@ def _deepseek(file: GgufFile, data: _Metadata) -> dict[str, Any]:
     beside = "_mla" if data.has("attention.key_length_mla") else ""
     gating = data.get("expert_gating_func", int, 1)  # files without it are V2's
     if gating not in (1, 2):
-        data.faults.append(f"{data.prefix}expert_gating_func is {gating}; 1 (softmax) and 2 (sigmoid) are known")
+        data.fault(f"expert_gating_func is {gating}; 1 (softmax) and 2 (sigmoid) are known")
+    experts = data.get("expert_count", int, 0)
+    stacks = {i.shape[0] for n, i in file.tensors.items() if _split_name(n)[1] in EXPERT_NAMES}
+    if stacks - {experts} or (experts and not stacks):
+        data.fault(f"expert_count is {experts}, the tensors hold {' or '.join(map(str, sorted(stacks))) or 'none'}")
     groups = data.get("expert_group_count", int, 1) or 1
     v3 = gating == 2
     scaling = _rope_scaling(data)
     if scaling and scaling["type"] == "yarn":
-        # the file holds a tenth of it; llama.cpp leaves cosines and sines at their length, as equal values do
+        # the file holds a tenth of it; cosines and sines keep their length
         sharpening = round(10 * data.get("rope.scaling.yarn_log_multiplier", float, 0.0), 6)
-        del scaling["attention_factor"]
-        scaling.update(mscale=sharpening, mscale_all_dim=sharpening)
+        scaling |= {"mscale_all_dim": sharpening, "attention_factor": 1.0}
     return {
         "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v3" if v3 else "deepseek_v2",
@@ -295,7 +311,7 @@ def _deepseek(file: GgufFile, data: _Metadata) -> dict[str, Any]:
         "v_head_dim": data.get(f"attention.value_length{beside}", int),
         "attention_bias": False,
         "rope_scaling": scaling,
-        "n_routed_experts": data.get("expert_count", int, 0) or None,
+        "n_routed_experts": experts or None,
         "n_shared_experts": data.get("expert_shared_count", int, 0) or None,
         "num_experts_per_tok": data.get("expert_used_count", int, 0) or None,
         "moe_intermediate_size": data.get("expert_feed_forward_length", int),
@@ -318,7 +334,7 @@ def _rope_scaling(data: _Metadata) -> dict[str, Any] | None:
     if kind == "linear":
         return {"type": "linear", "factor": factor}
     if kind != "yarn":
-        data.faults.append(f"{data.prefix}rope.scaling.type is {kind!r}; none, linear and yarn are known")
+        data.fault(f"rope.scaling.type is {kind!r}; none, linear and yarn are known")
         return None
     length = data.get("rope.scaling.attn_factor", float, 1.0) * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     return {

@@ -85,7 +85,10 @@ class Written:
 
     def select(self, layer: int, x: Tensor, q_latent: Tensor, ratio: int, frequencies: Tensor) -> None:
         a, index = self.cfg.attention, self.cfg.indexer
-        wq_b, weights_proj = self.weight(layer, "indexer.wq_b.weight"), self.weight(layer, "indexer.weights_proj.weight")
+        wq_b, weights_proj = (
+            self.weight(layer, "indexer.wq_b.weight"),
+            self.weight(layer, "indexer.weights_proj.weight"),
+        )
         self.chosen: list[list[int]] = []
         candidates = []
         for t in range(len(x)):
@@ -186,7 +189,9 @@ def test_parameter_names():
     every = {"q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight", "kv_proj.weight", "kv_layernorm.weight"}
     every |= {"o_a_proj.weight", "o_b_proj.weight", "sinks"}
     for layer in range(8):
-        own = {k.removeprefix(f"layers.{layer}.self_attn.") for k in state if k.startswith(f"layers.{layer}.self_attn.")}
+        own = {
+            k.removeprefix(f"layers.{layer}.self_attn.") for k in state if k.startswith(f"layers.{layer}.self_attn.")
+        }
         assert {k for k in own if not k.startswith(("compressor", "indexer"))} == every
         source, indexes = layer in (1, 4), layer in (1, 3, 4, 6)
         assert names(layer, "indexer") == ({"wq_b.weight", "weights_proj.weight"} if indexes else set()) | (

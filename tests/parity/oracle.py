@@ -57,6 +57,21 @@ def logits(model: PreTrainedModel, ids: Tensor, mistake: str = "") -> Tensor:
     return kind(model, mistake).logits(ids)
 
 
+@torch.no_grad()
+def mtp_logits(model: PreTrainedModel, mtp: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """V4's guess of token t + 2 at each t < T - 1: [T - 1, V]. ``mtp``: its weights, the block's under "block."."""
+    v4 = V4(model, "")
+    h = v4.trunk(ids)[:-1]
+    last = v4.cfg.num_hidden_layers
+    v4.w |= {f"layers.{last}.{name.removeprefix('block.')}": t for name, t in mtp.items() if name.startswith("block.")}
+    v4.w |= {f"mtp.{name}": t for name, t in mtp.items()}
+    v4.layer_types, v4.mlp_layer_types = [*v4.layer_types, SLIDING], [*v4.mlp_layer_types, "moe"]
+    v4.ids, v4.positions = ids[1:], torch.arange(len(ids) - 1)
+    following = v4.linear(rms(v4.w["embed_tokens.weight"][ids[1:]], mtp["enorm.weight"]), "mtp.e_proj")
+    z = following[:, None] + v4.linear(rms(h, mtp["hnorm.weight"]), "mtp.h_proj")
+    return v4.head(v4.block(z, last), "mtp.")
+
+
 def rms(x: Tensor, weight: Tensor | float = 1.0, eps: float = 1e-6) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
@@ -213,18 +228,33 @@ class Latent(Oracle):
 
 
 class V4(Oracle):
+    def __init__(self, model: PreTrainedModel, mistake: str) -> None:
+        super().__init__(model, mistake)
+        self.layer_types, self.mlp_layer_types = self.cfg.layer_types, self.cfg.mlp_layer_types
+
     def logits(self, ids: Tensor) -> Tensor:
+        return self.head(self.trunk(ids))
+
+    def trunk(self, ids: Tensor) -> Tensor:
+        """The streams behind the last layer, [T, n, d]."""
         cfg = self.cfg
         self.ids, self.positions = ids, torch.arange(len(ids))
-        self.tables = {name: frequencies(cfg.qk_rope_head_dim, cfg.rope_parameters[name]) for name in ("main", "compress")}
+        ropes = cfg.rope_parameters
+        self.tables = {name: frequencies(cfg.qk_rope_head_dim, ropes[name]) for name in ("main", "compress")}
         h = self.w["embed_tokens.weight"][ids][:, None].repeat(1, cfg.hc_mult, 1)
         for layer in range(cfg.num_hidden_layers):
-            at = f"layers.{layer}."
-            h = self.site(h, at + "attn_hc.", at + "input_layernorm", lambda x, n=layer: self.attend(x, n))
-            h = self.site(h, at + "ffn_hc.", at + "post_attention_layernorm", lambda x, n=layer: self.moe(x, n))
-        fn, base, scale = (self.w[f"hc_head.hc_{name}"] for name in ("fn", "base", "scale"))
-        pre = torch.sigmoid(rms(h.flatten(1)) @ fn.T * scale + base) + cfg.hc_eps
-        return self.linear(rms((pre[..., None] * h).sum(1), self.w["norm.weight"]), "lm_head")
+            h = self.block(h, layer)
+        return h
+
+    def block(self, h: Tensor, layer: int) -> Tensor:
+        at = f"layers.{layer}."
+        h = self.site(h, at + "attn_hc.", at + "input_layernorm", lambda x: self.attend(x, layer))
+        return self.site(h, at + "ffn_hc.", at + "post_attention_layernorm", lambda x: self.moe(x, layer))
+
+    def head(self, h: Tensor, at: str = "") -> Tensor:
+        fn, base, scale = (self.w[f"{at}hc_head.hc_{name}"] for name in ("fn", "base", "scale"))
+        pre = torch.sigmoid(rms(h.flatten(1)) @ fn.T * scale + base) + self.cfg.hc_eps
+        return self.linear(rms((pre[..., None] * h).sum(1), self.w[at + "norm.weight"]), "lm_head")
 
     def site(self, h: Tensor, at: str, norm: str, f: Any) -> Tensor:
         n, eps = self.cfg.hc_mult, self.cfg.hc_eps
@@ -267,7 +297,7 @@ class V4(Oracle):
 
     def attend(self, x: Tensor, layer: int) -> Tensor:
         cfg, at = self.cfg, f"layers.{layer}.self_attn."
-        kind = cfg.layer_types[layer]
+        kind = self.layer_types[layer]
         name = "main" if kind == SLIDING else "compress"
         if self.mistake == "window by the other table" and kind != SLIDING:
             name = "main"
@@ -331,7 +361,7 @@ class V4(Oracle):
         out = self.linear(x, at + "gate")
         scores = F.softplus(out).sqrt() if cfg.scoring_func == "sqrtsoftplus" else out.sigmoid()
         biased = scores
-        if cfg.mlp_layer_types[layer] == "hash_moe" and self.mistake != "hash by score":
+        if self.mlp_layer_types[layer] == "hash_moe" and self.mistake != "hash by score":
             chosen = self.w[at + "gate.tid2eid"][self.ids]
         else:
             biased = scores + self.w.get(at + "gate.e_score_correction_bias", torch.zeros(()))

@@ -1,8 +1,8 @@
 """Tiny random models of ``transformers``, which judge ours.
 
 Every draw is made by its seed alone: first the configuration, then a value for each parameter and buffer, none of
-which keeps the zero or the one that training starts from. Weights have unit gain, so logits stay within a few units
-and the noise of float32 far below the bar.
+which keeps the zero or the one that training starts from. Weights have a gain of about one, so logits stay within a
+few units and the noise of float32 below the bar.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
         elif leaf.endswith(("bias", "base", "sinks")):
             tensor.copy_(0.4 * normal(tensor))
         else:
-            tensor.copy_(0.8 * normal(tensor) * tensor.shape[-1] ** -0.5)
+            gain = 0.5 if module in ("embed_tokens", "lm_head") else 0.8
+            tensor.copy_(gain * normal(tensor) * tensor.shape[-1] ** -0.5)
 
 
 def tokens(config: PreTrainedConfig, seed: int, n: int = LENGTH) -> Tensor:
@@ -256,7 +257,7 @@ def _index(rng: random.Random) -> dict[str, Any]:
     few = rng.random() < 0.3
     return {
         "index_n_heads": rng.choice([2, 3]) if few else rng.choice([32, 48]),
-        "index_topk": 64 if few else rng.choice([3, 5, 9]),
+        "index_topk": 128 if few else rng.choice([3, 5, 9]),
     }
 
 
@@ -276,13 +277,13 @@ def _v4(rng: random.Random) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     yarn = {"rope_scaling": {"type": "yarn", **_yarn(rng)}} if rng.random() < 0.7 else {}
     return DeepseekV4ForCausalLM, DeepseekV4Config(
         vocab_size=rng.choice([272, 290]),
-        hidden_size=rng.choice([16, 20]),
+        hidden_size=rng.choice([24, 32]),
         moe_intermediate_size=rng.choice([8, 12]),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         head_dim=head_dim,
         qk_rope_head_dim=rope_dim,
-        q_lora_rank=rng.choice([8, 12]),
+        q_lora_rank=rng.choice([12, 16]),
         o_groups=rng.choice([g for g in (1, 2, 4) if heads % g == 0]),
         o_lora_rank=rng.choice([5, 6]),
         n_routed_experts=experts,

@@ -129,8 +129,8 @@ def latent_rows(model: PreTrainedModel, dense: str) -> list[Row]:
 def experts(w: dict[str, Tensor], at: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Each routed expert of a layer, if it has any: gate, up and down, to be written to."""
     if at + "experts.down_proj" in w:
-        for expert, (fused, down) in enumerate(zip(w[at + "experts.gate_up_proj"], w[at + "experts.down_proj"], strict=True)):
-            yield expert, *fused.chunk(2), down
+        for expert, down in enumerate(w[at + "experts.down_proj"]):
+            yield expert, *w[at + "experts.gate_up_proj"][expert].chunk(2), down
 
 
 def latent_config(config: PreTrainedConfig, **more: Any) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def v4_config(config: PreTrainedConfig, mtp: int) -> dict[str, Any]:
             "scale_fmt": "ue8m0",
             "weight_block_size": [128, 128],
         },
-        "rope_scaling": {"type": "yarn", **yarn},
+        "rope_scaling": {"type": "yarn", **yarn} if yarn else None,
         "rope_theta": config.rope_parameters["main"]["rope_theta"],
         "tie_word_embeddings": False,
         "topk_method": "noaux_tc",

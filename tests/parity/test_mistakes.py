@@ -6,13 +6,14 @@ look plausible it no longer does, on the very inputs of the parity tests and by 
 
 from __future__ import annotations
 
+import copy
 import functools
+import re
 
 import pytest
 import torch
 from torch import Tensor
 
-from fourfold import ops
 from tests.parity import oracle, reference
 from tests.parity.reference import BAR, FAMILIES, SEEDS, make, ours
 from tests.parity.worst import difference
@@ -45,3 +46,24 @@ def test_a_mistake_is_seen(family: str, mistake: str) -> None:
         wrong = (oracle.logits(make(family, seed).model, ids, mistake) - expected).abs().max().item()
         seen += wrong > CLEAR
     assert seen >= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_ours_counts(family: str) -> None:
+    """Turned upside down, any one of them is seen: none is unused, doubled by another, or symmetric by chance."""
+    seen: dict[str, bool] = {}
+    for seed in range(8):
+        ids, expected = judged(family, seed)
+        model = copy.deepcopy(ours(family, seed))
+        for name, tensor in model.state_dict().items():
+            kind = re.sub(r"\.\d+\.", ".N.", name)
+            if seen.get(kind):
+                continue
+            before = tensor.clone()
+            tensor.copy_(before.flip(0) if len(before) > 1 else -before)
+            apart = (reference.our_logits(model, ids) - expected).abs().max().item()
+            tensor.copy_(before)
+            seen[kind] = apart > CLEAR
+        assert torch.equal(reference.our_logits(model, ids), reference.our_logits(ours(family, seed), ids))
+    unused = {"layers.N.mlp.gate.bias"} if family == "deepseek_v2" else set()  # V2 has none: zeros
+    assert {kind for kind, is_seen in seen.items() if not is_seen} == unused

@@ -76,7 +76,7 @@ def test_greedy_decoding_equals_the_plain_loop(engine, model, tokenizer):
         ids: list[int] = []
         grammar = engine._grammar
         with torch.inference_mode():
-            while len(ids) < 8 and grammar.eos not in ids:
+            while len(ids) < 8 and not grammar.stops & set(ids):
                 tail = Document.text(ids)
                 whole = Document(
                     torch.cat([prompt.tokens, tail.tokens]),

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from fourfold.text.chat import ChatError, Media, Message, Text, ToolCall, encode_chat, parse_completion
+from fourfold.text.chat import ChatError, Media, Message, Text, ToolCall, encode_chat
+from fourfold.text.stream import StreamParser, parse_completion
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}, {"name": "größe"}]
 PICTURE = Media("image", object())
@@ -147,6 +148,8 @@ DEEP = ToolCall("1", "f", "[" * 100_000)
         ([Message("assistant", "", tool_calls=[ToolCall("1", "f", None)])], r"tool_calls\[0\].arguments"),
         ([Message("assistant", "", tool_calls=[DEEP])], r"tool_calls\[0\].arguments"),
         ([Message("assistant", "", tool_calls=[NAN])], r"tool_calls\[0\]"),
+        ([Message("user", "x", task="title")], r"messages\[0\].*task"),
+        ([Message("system", "x", tools=TOOLS)], r"messages\[0\].*tools"),
     ],
 )
 def test_bad_messages_name_the_field(tokenizer, messages, field):
@@ -164,7 +167,7 @@ def test_what_is_learnt_parses_back(tokenizer):
     call = ToolCall("1", "add", '{"a": [1, 2.5, null], "b": "größe \\u4f60"}')
     message = Message("assistant", "answer 42 🙂", reasoning="because", tool_calls=[call, call])
     pieces = encode_chat([Message("user", "q"), message], tokenizer, add_generation_prompt=False)
-    reasoning, content, calls = parse_completion(pieces[-1].ids, tokenizer, thinking=True)
+    reasoning, content, calls = parse_completion(pieces[-1].ids, StreamParser(tokenizer, thinking=True))
     assert (reasoning, content) == ("because", "answer 42 🙂")
     assert [(c.name, json.loads(c.arguments)) for c in calls] == [("add", json.loads(call.arguments))] * 2
     assert len({c.id for c in calls}) == 2

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.text.chat import StreamParser, parse_completion, parse_tool_call
+from fourfold.text.chat import parse_tool_call
+from fourfold.text.stream import StreamParser, parse_completion
 from fourfold.text.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["plain words only "] * 4, 280)  # other scripts fall apart into bytes
@@ -114,14 +115,13 @@ def test_a_call_that_is_cut_off_becomes_content():
 
 
 def test_parse_completion():
-    reasoning, content, calls = parse_completion(
-        ids("r", "</think>", "c", "<tool_call>", CALL, "</tool_call>"), TOKENIZER, True
-    )
+    said = ids("r", "</think>", "c", "<tool_call>", CALL, "</tool_call>")
+    reasoning, content, calls = parse_completion(said, StreamParser(TOKENIZER, True))
     assert (reasoning, content) == ("r", "c")
     assert (calls[0].name, json.loads(calls[0].arguments)) == ("f", {"x": "你"})
     assert calls[0].id.startswith("call_")
-    assert parse_completion(ids("c", "<|eos|>"), TOKENIZER) == (None, "c", [])
-    assert parse_completion([], TOKENIZER, True) == (None, "", [])
+    assert parse_completion(ids("c", "<|eos|>"), StreamParser(TOKENIZER)) == (None, "c", [])
+    assert parse_completion([], StreamParser(TOKENIZER, True)) == (None, "", [])
 
 
 @settings(deadline=None)

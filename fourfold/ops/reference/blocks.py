@@ -51,13 +51,14 @@ def scale_blocks(codes: Tensor, scales: Tensor, block: Block, first_row: int = 0
 
     Raises ValueError unless there is one scale for every block.
     """
-    expected = block_counts((*codes.shape[:-2], codes.shape[-2] + first_row, codes.shape[-1]), block)
+    *leading, rows, columns = codes.shape
+    expected = block_counts((*leading, first_row + rows, columns), block)
     if tuple(scales.shape) != expected:
         raise ValueError(
             f"scales: have shape {list(scales.shape)}; values {list(codes.shape)} in blocks of "
             f"{block[0]} x {block[1]} need {list(expected)}"
         )
-    return codes.float() * spread_scales(scales.float(), block, *codes.shape[-2:], first_row)
+    return codes.float() * spread_scales(scales.float(), block, rows, columns, first_row)
 
 
 def quantisable(x: Tensor) -> Tensor:

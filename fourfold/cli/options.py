@@ -1,0 +1,59 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from fourfold.serve.local import LocalModel
+
+# Adds a command: its name, what runs it, and its help text.
+Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
+SOURCE_HELP = "nano, a directory (ours or Hugging Face's) or a .gguf file"
+MODEL_HELP = f"{SOURCE_HELP} (default: nano)"
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage costs one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="nano", metavar="MODEL", help=MODEL_HELP)
+    add_numbers(parser)
+
+
+def add_numbers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", help="fp32 or bf16 (default: fp32)")
+    parser.add_argument("--quant", choices=("int8", "int4"), help="quantise the large weights while loading")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def load(args: argparse.Namespace) -> LocalModel:
+    """The model of ``add_model``; its progress is shown to a terminal."""
+    import fourfold
+
+    return fourfold.load(args.model, dtype=args.dtype, quant=args.quant, progress=sys.stderr.isatty())
+
+
+def port(text: str) -> int:
+    if not text.isdecimal() or not int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; write a number from 0 to 65535")
+    return int(text)
+
+
+def byte_count(text: str) -> int:
+    from fourfold.plan import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

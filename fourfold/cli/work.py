@@ -1,0 +1,112 @@
+"""train, eval, data and convert: what takes its time and leaves something behind."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from fourfold.cli.options import MODEL_HELP, SOURCE_HELP, Command, add_json, add_numbers, load
+from fourfold.cli.show import print_json, print_table, say, size_text
+
+
+def add_commands(command: Command) -> None:
+    train = command("train", _train, "train from a recipe; continues an interrupted run by itself")
+    train.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to replace")
+
+    evaluate = command("eval", _eval, "measure a model with a suite")
+    evaluate.add_argument("suite", metavar="SUITE", help="module of fourfold.eval: media or bpb")
+    evaluate.add_argument("--model", default="nano", metavar="MODEL", help=MODEL_HELP)
+    add_numbers(evaluate)
+    evaluate.add_argument("--length", type=int, help="tokens of a test item")
+    evaluate.add_argument("--task", help="one task of the suite")
+    evaluate.add_argument("--samples", type=int, help="items per task")
+    evaluate.add_argument("--seed", type=int, help="seed of the items")
+    evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the scores to this file")
+
+    data = command("data", _data, "build or list training data")
+    actions = data.add_subparsers(dest="action", required=True, metavar="build|list")
+    build = actions.add_parser("build", help="fetch, convert and check a data set")
+    build.add_argument("name", metavar="NAME")
+    build.add_argument("--out", type=Path, metavar="DIR", help="where to (default: the data folder)")
+    add_json(actions.add_parser("list", help="the data sets that can be built"))
+
+    convert = command("convert", _convert, "write a model in another format: ours, or one that other engines read")
+    convert.add_argument("source", metavar="SRC", help=SOURCE_HELP)
+    convert.add_argument("destination", type=Path, metavar="DST", help="a directory that is not there yet, or empty")
+    convert.add_argument(
+        "--family", metavar="NAME", help="model_type to write, or native (default: native, or the first that fits ours)"
+    )
+    convert.add_argument(
+        "--dialect", choices=("released", "transformers"), default="released", help="default: %(default)s"
+    )
+    convert.add_argument("--storage", metavar="NUMBERS", help="bf16, fp32, fp8 or what else the family has")
+    add_json(convert)
+
+
+def _train(args: argparse.Namespace) -> None:
+    if not args.recipe.is_file():
+        raise ValueError(f"RECIPE.toml: {args.recipe} is not a file")
+    from fourfold.fields import parse_override
+
+    for override in args.overrides:
+        parse_override(override)  # a slip of the pen is told before torch is loaded
+    from fourfold.train.loop import train
+
+    train(args.recipe, args.overrides)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    import importlib
+    import pkgutil
+
+    import fourfold.eval
+
+    suites = sorted(module.name for module in pkgutil.iter_modules(fourfold.eval.__path__))
+    if args.suite not in suites:
+        raise ValueError(f"SUITE: {args.suite!r} is unknown; choose one of {', '.join(suites)}")
+    given = {name: getattr(args, name) for name in ("length", "task", "samples", "seed")}
+    settings = {name: value for name, value in given.items() if value is not None}
+    suite = importlib.import_module(f"fourfold.eval.{args.suite}")
+    with contextlib.closing(load(args)) as model:
+        report = suite.run(model, settings)
+    rows = [
+        (task, str(score.get("n", "")), *(f"{value:.4g}" for key, value in score.items() if isinstance(value, float)))
+        for task, score in report["scores"].items()
+    ]
+    metrics = [key for key, value in next(iter(report["scores"].values()), {}).items() if isinstance(value, float)]
+    print_table(f"{args.suite}, {args.model}", ("task", "n", *metrics), rows)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        say(f"scores written to {args.json}")
+
+
+def _data(args: argparse.Namespace) -> int:
+    from fourfold.data.build import RECIPES, build
+
+    if args.action == "list":
+        listed = {name: {shard: source.skill for shard, source in shards.items()} for name, shards in RECIPES.items()}
+        if args.json:
+            print_json(listed)
+            return 0
+        for name, shards in listed.items():
+            print_table(name, ("part", "needed for"), list(shards.items()))
+        return 0
+    report = build(args.name, args.out)
+    return 1 if report.missing else 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from fourfold.weights.export import convert
+
+    shown = sys.stderr.isatty()
+    done = convert(args.source, args.destination, args.family, args.dialect, args.storage, progress=shown)
+    if args.json:
+        print_json({**vars(done), "path": str(done.path)})
+        return
+    dialect = "" if done.family == "native" else f" ({done.dialect})"
+    numbers = f"{done.tensors:,} tensors, {size_text(done.bytes)} in {done.storage}"
+    print(f"{done.path}: {done.family}{dialect}, {numbers}")
