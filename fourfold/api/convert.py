@@ -17,7 +17,7 @@ from fourfold.api.schemas import (
     ToolMessage,
     VideoPart,
 )
-from fourfold.config import MediaConfig
+from fourfold.config_media import MediaConfig
 from fourfold.serve.engine import Engine
 from fourfold.serve.local import decode_media
 from fourfold.serve.request import Request, Sampling

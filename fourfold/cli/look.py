@@ -32,7 +32,7 @@ def add_commands(command: Command) -> None:
     plan.add_argument("--vram", type=byte_count, default=0, metavar="SIZE", help="memory of all GPUs (default: none)")
     plan.add_argument("--ram", type=byte_count, metavar="SIZE", help="main memory (default: this machine's)")
     plan.add_argument("--disk", type=byte_count, metavar="SIZE", help="room on disk (default: what is free here)")
-    plan.add_argument("--context", type=int, default=4096, help="tokens per sequence (default: %(default)s)")
+    plan.add_argument("--context", type=int, help="tokens per sequence (default: 4096, or all that the model takes)")
     plan.add_argument("--batch", type=int, default=1, help="sequences at once (default: %(default)s)")
     for memory, default in (("vram", "1000GB"), ("ram", "50GB"), ("disk", "2GB")):
         plan.add_argument(
@@ -47,16 +47,22 @@ def add_commands(command: Command) -> None:
 
 def _config(target: str) -> ModelConfig:
     """The configuration of a preset, a model directory or a GGUF file."""
-    from fourfold.config import PRESETS, ModelConfig
+    from fourfold.config import ModelConfig
     from fourfold.fields import ConfigError
 
-    if (PRESETS / f"{target}.toml").is_file():
+    if _is_preset(target):
         return ModelConfig.preset(target)
     if not Path(target).exists():
         raise ConfigError(f"{target!r} is neither a directory nor a file nor one of the presets {_presets()}")
     from fourfold.weights.checkpoint import load_config
 
     return load_config(Path(target))
+
+
+def _is_preset(target: str) -> bool:
+    from fourfold.config import PRESETS
+
+    return (PRESETS / f"{target}.toml").is_file()
 
 
 def _presets() -> str:
@@ -73,8 +79,13 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     from fourfold.counts import cache_bytes_per_sequence, cache_bytes_per_token, count_parameters, weight_bytes
 
-    cfg = _config(args.target)
-    checkpoint = _checkpoint(path) if path.suffix == ".gguf" or any(path.glob("*.safetensors*")) else {}
+    if not _is_preset(args.target) and (path.suffix == ".gguf" or any(path.glob("*.safetensors*"))):
+        from fourfold.weights.checkpoint import open_source
+
+        source = open_source(path)
+        cfg, checkpoint = source.cfg, _checkpoint(source)
+    else:
+        cfg, checkpoint = _config(args.target), {}
     params = count_parameters(cfg)
     found: dict[str, Any] = {
         "params": params,
@@ -87,7 +98,7 @@ def _inspect(args: argparse.Namespace) -> None:
     print_json(found) if args.json else _print_model(args.target, found)
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _checkpoint(source: Source) -> dict[str, Any]:
     """What a directory or a GGUF file holds, from the headers alone.
 
     family and dialect; faults: what the names, shapes and types of the tensors would be refused for; storage: part ->
@@ -96,11 +107,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     from math import prod
 
     from fourfold.counts import part_of
-    from fourfold.weights.checkpoint import open_source
     from fourfold.weights.families.entries import Part, leaves
     from fourfold.weights.stream import missing_and_extra
 
-    source = open_source(path)
     reader = source.numbers.reader
     names = set(reader.names())
     storage: dict[str, dict[str, int]] = {}
@@ -207,10 +216,11 @@ def _plan(args: argparse.Namespace) -> None:
 
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if args.ram is None else args.ram
     disk = shutil.disk_usage(".").free if args.disk is None else args.disk
+    cfg = _config(args.target)
     found = plan(
-        _config(args.target),
+        cfg,
         quant=args.quant,
-        context=args.context,
+        context=min(4096, cfg.max_position_embeddings) if args.context is None else args.context,
         batch=args.batch,
         vram=args.vram,
         ram=ram,

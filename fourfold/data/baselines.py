@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from fourfold.config import AudioConfig
+from fourfold.config_media import AudioConfig
 from fourfold.data.corpus import Corpus
 from fourfold.data.items import Item
 from fourfold.data.suites import SUITES, suite, texts

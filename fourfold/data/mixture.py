@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fourfold.config import MediaConfig
+from fourfold.config_media import MediaConfig
 from fourfold.data.corpus import Corpus
 from fourfold.data.items import Item, pick
 from fourfold.data.skills import SKILLS, Made

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fourfold.config import AudioConfig
+from fourfold.config_media import AudioConfig
 from fourfold.media.av_reader import open_container, read_sound
 from fourfold.media.limits import DEFAULT_LIMITS, Limits, MediaError, check_container
 

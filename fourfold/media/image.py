@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image
 
-from fourfold.config import ImageConfig
+from fourfold.config_media import ImageConfig
 from fourfold.media.limits import DEFAULT_LIMITS, Limits, MediaError, check_container
 
 KINDS = ("png", "jpeg", "gif", "webp", "bmp")

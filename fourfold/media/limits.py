@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourfold.config import MediaConfig
+from fourfold.config_media import MediaConfig
 
 
 class MediaError(ValueError):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fourfold.config import AudioConfig, MediaConfig
+from fourfold.config_media import AudioConfig, MediaConfig
 from fourfold.media.audio import audio_patches, token_seconds
 from fourfold.media.image import image_patches
 from fourfold.media.limits import MediaError

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 
-from fourfold.config import VideoConfig
+from fourfold.config_media import VideoConfig
 from fourfold.media.av_reader import check_complete, decode_sound, open_container, prepare_decoder, time_of
 from fourfold.media.image import (
     check_pixels,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from fourfold.config import VisionConfig
+from fourfold.config_media import VisionConfig
 from fourfold.media.image import check_rgb, normalise
 
 GREY = 127

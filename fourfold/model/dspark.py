@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold import ops
-from fourfold.config import MediaConfig, ModelConfig
+from fourfold.config import ModelConfig
+from fourfold.config_media import MediaConfig
 from fourfold.model.block import Block
 from fourfold.model.compressed_attention import SharedKVAttention
 from fourfold.model.context import Context, Rotary

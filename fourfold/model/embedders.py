@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.config import MediaConfig
+from fourfold.config_media import MediaConfig
 from fourfold.model.sequence import MODALITIES, NO_MARK, TEXT, Packed, Patches
 from fourfold.model.vision import Aligner, VisionTower, embed_images
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold import ops
-from fourfold.config import RopeConfig, VisionConfig
+from fourfold.config import RopeConfig
+from fourfold.config_media import VisionConfig
 from fourfold.model.norm import RMSNorm
 from fourfold.model.sequence import END, IMAGE, Document, Patches
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.config import MediaConfig
+from fourfold.config_media import MediaConfig
 from fourfold.media.audio import decode_audio
 from fourfold.media.image import decode_image
 from fourfold.media.limits import Limits, MediaError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fourfold.config import AudioConfig, ImageConfig, MediaConfig, VideoConfig
+from fourfold.config_media import AudioConfig, ImageConfig, MediaConfig, VideoConfig
 from fourfold.data.corpus import Corpus, Shard, flatten, load, split_of, write_shard
 from fourfold.data.labels import CLOTHES, DIGITS, EMOJI, SOUNDS, WORDS
 from fourfold.text.tokenizer import Tokenizer, train_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fourfold.config import AudioConfig, MediaConfig
+from fourfold.config_media import AudioConfig, MediaConfig
 from fourfold.data.baselines import baseline, linear, nearest, text_baseline
 from fourfold.data.corpus import Corpus, is_test
 from fourfold.data.items import Item

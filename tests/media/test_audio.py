@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.config import AudioConfig
+from fourfold.config_media import AudioConfig
 from fourfold.media import av_reader
 from fourfold.media.audio import audio_patches, decode_audio, log_mel, token_seconds
 from fourfold.media.limits import Limits, MediaError

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fourfold.config import ImageConfig
+from fourfold.config_media import ImageConfig
 from fourfold.media.image import decode_image, fit_grid, image_patches
 from fourfold.media.limits import Limits, MediaError, sniff
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.config import AudioConfig, ImageConfig, MediaConfig, VideoConfig
+from fourfold.config_media import AudioConfig, ImageConfig, MediaConfig, VideoConfig
 from fourfold.media.audio import audio_patches
 from fourfold.media.image import image_patches
 from fourfold.media.limits import MediaError

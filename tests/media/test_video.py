@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.config import MediaConfig, ModelConfig, VideoConfig
+from fourfold.config import ModelConfig
+from fourfold.config_media import MediaConfig, VideoConfig
 from fourfold.media import video as video_module
 from fourfold.media.audio import decode_audio
 from fourfold.media.limits import Limits, MediaError

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from fourfold.config import AudioConfig, ImageConfig, MediaConfig, VisionConfig
+from fourfold.config_media import AudioConfig, ImageConfig, MediaConfig, VisionConfig
 from fourfold.fields import ConfigError
 from fourfold.media.limits import MediaError
 from fourfold.media.processor import DocumentBuilder

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.config import VisionConfig
+from fourfold.config_media import VisionConfig
 from fourfold.media.vision import vision_patches
 from fourfold.model.cache import Cache, PagePool, SequenceState
 from fourfold.model.sequence import END, IMAGE, NEWLINE, NO_MARK, START, Patches, pack

@@ -327,7 +327,7 @@ def with_images(made: Made, seed: int) -> tuple[Document, list[tuple[int, Tensor
 
 @torch.no_grad()
 @pytest.mark.parametrize("formats", ["bf16", "released"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_text_logits_are_the_oracle_s(seed, formats):
     made, document = make(seed, formats), text(60, seed)
     wanted, _ = made.trunk(document)
@@ -356,12 +356,12 @@ def changed_pixels(document: Document) -> Document:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_in_chunks_and_beside_strangers(seed):
     made = make(seed, "released")
-    documents = [text(50, 10 + seed), text(33, 20 + seed)]
+    documents = [text(30, 10 + seed), text(19, 20 + seed)]
     wanted = [made.trunk(d)[0] for d in documents]
-    for chunks in ([[50], [33]], [[9, 1, 1, 17, 22], [2, 3, 28]], [[1] * 50, [1] * 33]):
+    for chunks in ([[30], [19]], [[9, 1, 1, 12, 7], [2, 3, 14]], [[1] * 30, [1] * 19]):
         for got, want in zip(tiny.decode(made.model, documents, chunks, page_size=4), wanted, strict=True):
             assert (got - want).abs().max() <= BAR * max(1, float(want.abs().max()) / 5)
             assert torch.equal(got.argmax(-1), want.argmax(-1))

@@ -9,11 +9,11 @@ import torch
 
 from fourfold.model.cache import PagePool
 from fourfold.model.sequence import Document, pack
-from fourfold.model.transformer import Model, Output
+from fourfold.model.transformer import Model
 from fourfold.serve.engine import Engine
 from fourfold.serve.request import Delta, EngineBusy, EngineError, Finished, Request, RequestError, Sampling
 from fourfold.text.chat import Media, Message
-from tests.serve.tiny import TINY
+from tests.serve.tiny import TINY, Scripted
 
 
 def ask(engine, text, *media):
@@ -370,21 +370,6 @@ def test_waiting_for_events_gives_up_after_the_timeout(engine, monkeypatch):
 
     nothing, events = asyncio.run(consume())
     assert nothing == [] and isinstance(events[-1], Finished)
-
-
-class Scripted(Model):
-    """Says what it is told, whatever it is asked: the n-th token after the prompt is the n-th of ``script``."""
-
-    script: list[int]
-    prompt: int
-
-    def forward(self, packed, cache=None, probe=None, logits="all"):
-        output = super().forward(packed, cache, probe, logits)
-        last = int(packed.positions[-1]) - self.prompt + 1
-        if last >= 0:
-            output.logits[:] = 0
-            output.logits[:, self.script[last]] = 50
-        return Output(output.logits)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import torch
 
 from fourfold.config import ModelConfig
-from fourfold.model.transformer import Model
+from fourfold.model.transformer import Model, Output
 from fourfold.text.tokenizer import Tokenizer, train_tokenizer
 
 TINY = {
@@ -34,3 +34,18 @@ def tiny_tokenizer() -> Tokenizer:
 def tiny_model() -> Model:
     torch.manual_seed(0)
     return Model(ModelConfig.from_dict(TINY))
+
+
+class Scripted(Model):
+    """Says what it is told, whatever it is asked: the n-th token after the prompt is the n-th of ``script``."""
+
+    script: list[int]
+    prompt: int
+
+    def forward(self, packed, cache=None, probe=None, logits="all"):
+        output = super().forward(packed, cache, probe, logits)
+        last = int(packed.positions[-1]) - self.prompt + 1
+        if last >= 0:
+            output.logits[:] = 0
+            output.logits[:, self.script[last]] = 50
+        return Output(output.logits)

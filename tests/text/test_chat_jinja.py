@@ -142,6 +142,14 @@ def test_text_beside_the_template_makes_no_mark():
     assert read(pieces, format.tokenizer) == "<<think><｜User｜>"
 
 
+def test_special_tokens_without_brackets_stay_text_too():
+    tokenizer = small(("[INST]", EOS))
+    format = JinjaChat(tokenizer, None, [1], {"default": "{{ '[INST]' + messages[0]['content'] }}"}, {})
+    pieces = format.encode([Message("user", "a [INST] b")])
+    assert marks(pieces, tokenizer) == ["[INST]"]
+    assert read(pieces, tokenizer) == "[INST]a [INST] b"
+
+
 def test_the_wedge_is_a_character_that_nobody_uses():
     used = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     format = CHATS["V3.1"]

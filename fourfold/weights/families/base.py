@@ -12,13 +12,13 @@ from fourfold.config import (
     DrafterConfig,
     EngramConfig,
     IndexerConfig,
-    MediaConfig,
     ModelConfig,
     MoEConfig,
     MTPConfig,
     ResidualConfig,
     RopeConfig,
 )
+from fourfold.config_media import MediaConfig
 from fourfold.fields import ConfigError
 from fourfold.weights.families.entries import Plan
 from fourfold.weights.families.fields import GENERIC, Fields
@@ -87,7 +87,7 @@ class Family:
             raise ConfigError(f"{self.model_type} cannot express this model: {error}") from None
         wanted, got = _flat(canonical(cfg).to_dict()), _flat(canonical(understood).to_dict())
         differing = [
-            f"{name} = {value!r} (it has {got[name]!r})" for name, value in wanted.items() if value != got[name]
+            f"{name} = {value!r} (it has {got.get(name)!r})" for name, value in wanted.items() if value != got.get(name)
         ]
         if differing:
             raise ConfigError(f"{self.model_type} cannot express {', '.join(differing)}")

@@ -8,6 +8,7 @@ from typing import Any
 from fourfold.fields import ConfigError
 
 REQUIRED: Any = object()
+MOST_LAYERS = 10_000
 
 # What libraries write beside a model's fields; none changes what it computes.
 GENERIC = frozenset(
@@ -58,6 +59,14 @@ class Fields:
             self.fault(name, f"must be of type {kind.__name__}, not {type(value).__name__}")
             return STAND_INS[kind] if default is REQUIRED else default
         return value
+
+    def layers(self) -> int:
+        """``num_hidden_layers``, of a size that makes sense: lists of that length are built from it."""
+        count = self.take("num_hidden_layers", int)
+        if not 0 < count <= MOST_LAYERS:
+            self.fault("num_hidden_layers", f"is {count}, must be between 1 and {MOST_LAYERS}")
+            return 1
+        return count
 
     def items(self, name: str, kind: type, default: Any = REQUIRED) -> tuple[Any, ...]:
         """A list whose items are of type ``kind``."""

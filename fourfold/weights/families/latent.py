@@ -16,7 +16,7 @@ def read(fields: Fields, scoring_func: str, moe: dict[str, Any]) -> dict[str, An
     """``moe``: the router's fields that the families have in different ways."""
     heads, positions = fields.take("num_attention_heads", int), fields.take("max_position_embeddings", int)
     nope, rope_dim = fields.take("qk_nope_head_dim", int), fields.take("qk_rope_head_dim", int)
-    layers = fields.take("num_hidden_layers", int)
+    layers = fields.layers()
     fields.expect("hidden_act", "silu")
     fields.expect("attention_bias", False)
     fields.expect("mlp_bias", False)

@@ -15,7 +15,7 @@ def _read(fields: Fields) -> dict[str, Any]:
     kind = fields.values.get("model_type")
     heads, hidden = fields.take("num_attention_heads", int), fields.take("hidden_size", int)
     positions = fields.take("max_position_embeddings", int)
-    layers = fields.take("num_hidden_layers", int)
+    layers = fields.layers()
     if "head_dim" not in fields and hidden % max(heads, 1):
         fields.fault("num_attention_heads", f"is {heads}, which does not divide hidden_size ({hidden})")
     fields.expect("hidden_act", "silu")

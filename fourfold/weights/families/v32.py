@@ -7,12 +7,12 @@ from typing import Any
 from fourfold.config import ModelConfig
 from fourfold.weights.families import hugging_names, v3
 from fourfold.weights.families.base import Family
-from fourfold.weights.families.fields import Fields
+from fourfold.weights.families.fields import MOST_LAYERS, Fields
 
 
 def _read(fields: Fields) -> dict[str, Any]:
     layers, dense = fields.values.get("num_hidden_layers"), fields.values.get("first_k_dense_replace", 3)
-    if type(layers) is int and type(dense) is int:
+    if type(layers) is int and type(dense) is int and 0 < layers <= MOST_LAYERS:
         kinds = ["dense"] * min(dense, layers) + ["sparse"] * (layers - dense)
         fields.agree("mlp_layer_types", kinds, "first_k_dense_replace")
         fields.agree("layer_types", ["indexed_attention"] * layers, "num_hidden_layers")

@@ -50,7 +50,7 @@ def read_common(fields: Fields) -> dict[str, Any]:
     return {
         "vocab_size": fields.take("vocab_size", int),
         "hidden_size": fields.take("hidden_size", int),
-        "num_hidden_layers": fields.take("num_hidden_layers", int),
+        "num_hidden_layers": fields.layers(),
         "intermediate_size": width,  # of no layer: all are routed
         "max_position_embeddings": fields.take("max_position_embeddings", int),
         "rms_norm_eps": fields.take("rms_norm_eps", float, 1e-6),

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fourfold.config import EngramConfig, ModelConfig, VisionConfig
+from fourfold.config import EngramConfig, ModelConfig
+from fourfold.config_media import VisionConfig
 from fourfold.counts import engram_primes
 from fourfold.fields import ConfigError, from_dict
 from fourfold.model.transformer import Model
@@ -30,6 +31,7 @@ VISION = (
 )
 SOURCES = ("kv_source_layer_ids", "index_source_layer_ids")
 CANDIDATES = ("candidate_source_layer_id", "candidate_topk_blocks", "candidate_block_size")
+MOST_TABLES, MOST_ROWS = 4096, 1 << 40
 ENGRAM = {  # released name -> ours
     "engram_max_ngram_size": "max_ngram",
     "engram_n_heads": "n_heads",
@@ -85,6 +87,10 @@ def _read_engram(text: Fields) -> dict[str, Any]:
         return {}
     engram = {ours: text.take(name, int) for name, ours in ENGRAM.items()} | {"layer_ids": layers}
     text.ignore(["engram_num_embeddings"])
+    tables = len(layers) * engram["max_ngram"] * engram["n_heads"]
+    if tables > MOST_TABLES or engram["vocab_size"] > MOST_ROWS:
+        text.fault("engram_n_heads", f"makes {tables} tables from {engram['vocab_size']} rows on, too many to search")
+        return {}
     stated = text.values.get("engram_num_embeddings")
     try:
         rows = engram_rows(from_dict(EngramConfig, engram))
