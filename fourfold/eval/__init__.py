@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fourfold.model.transformer import Model
+from fourfold.text.base import ChatFormat
 from fourfold.text.chat import Message
 from fourfold.text.tokenizer import Tokenizer
 
@@ -16,5 +17,6 @@ class Subject(Protocol):
     name: str
     model: Model
     tokenizer: Tokenizer
+    chat: ChatFormat
 
     def answers(self, conversations: Sequence[Sequence[Message]], thinking: bool, max_tokens: int) -> list[str]: ...

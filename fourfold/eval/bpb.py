@@ -12,6 +12,7 @@ from fourfold.data.baselines import text_baseline
 from fourfold.data.suites import TEXTS, texts
 from fourfold.eval import Subject
 from fourfold.model.sequence import Document, pack
+from fourfold.text.chat import Text
 
 CUT = 8  # tokens of context left in the control
 
@@ -32,10 +33,10 @@ def run(model: Subject, settings: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def bits_per_byte(model: Subject, found: list[str], context: int | None = None) -> float:
-    """Mean over all bytes of all texts, each after a beginning-of-sequence token; ``context``: tokens seen at most."""
+    """Mean over all bytes of all texts, each as the model is given plain text; ``context``: tokens seen at most."""
     bits, total = 0.0, 0
     for text in found:
-        ids = [model.tokenizer.special("<|bos|>"), *model.tokenizer.encode(text)]
+        ids = [id for piece in model.chat.continue_text(text) if isinstance(piece, Text) for id in piece.ids]
         chunk = len(ids) if context is None else context + 1
         pieces = [ids[start : start + chunk] for start in range(0, len(ids) - 1, chunk - 1)]
         documents = [Document.text(piece) for piece in pieces if len(piece) > 1]

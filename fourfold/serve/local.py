@@ -57,6 +57,14 @@ def decode_media(modality: str, source: Source, config: MediaConfig, mime: str |
     return Media("audio", decode_audio(data, config.audio.sample_rate, config.audio.max_seconds, limits, mime))
 
 
+def _chat(path: Path, tokenizer: Tokenizer) -> ChatFormat:
+    if path.is_dir():
+        return load_chat(path, None, tokenizer)
+    from fourfold.weights.gguf_tokenizer import gguf_chat
+
+    return gguf_chat(path, tokenizer)
+
+
 class LocalModel:
     """Model, tokenizer, chat format and config, with an engine that starts at the first ``generate``."""
 
@@ -80,7 +88,7 @@ class LocalModel:
             raise ValueError(f"dtype: is {dtype!r}; choose one of {', '.join(DTYPES)}")
         directory = resolve(str(name))
         model, tokenizer = load_model(directory, DTYPES[dtype or "float32"], quant, progress)
-        return cls(model, tokenizer, Path(name).name, load_chat(directory, None, tokenizer))
+        return cls(model, tokenizer, Path(name).name, _chat(directory, tokenizer))
 
     @cached_property
     def engine(self) -> Engine:

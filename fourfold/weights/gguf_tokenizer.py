@@ -7,11 +7,13 @@ those of the released ``tokenizer.json`` files.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from fourfold.text.formats import ChatFormat, make_chat
 from fourfold.text.tokenizer import Tokenizer
 from fourfold.weights.gguf import GgufFile
 from fourfold.weights.tensors import CheckpointError
@@ -181,3 +183,9 @@ def _chat(file: GgufFile, tokens: list[str], splitting: Splitting) -> ChatMetada
     if faults:
         raise CheckpointError(*faults)
     return chat
+
+
+def gguf_chat(path: Path, tokenizer: Tokenizer) -> ChatFormat:
+    """The chat format that a GGUF file carries for its ``tokenizer``."""
+    about = read_tokenizer(GgufFile(path))[1]
+    return make_chat(tokenizer, about.templates, about.names, about.stop_ids, about.add_bos)

@@ -13,7 +13,7 @@ from fourfold.weights.families.entries import Leaf, Part, Plan, by_disk_name, di
 from fourfold.weights.formats import Block, FormatError, decode_rows, decoded_shape, find_block, scale_name
 from fourfold.weights.tensors import DTYPES, TensorReader
 
-CHUNK = 1 << 22  # numbers decoded at a time, which bounds the temporaries
+CHUNK = 1 << 20  # numbers decoded at a time, which bounds the temporaries
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +103,15 @@ class SafetensorsReader:
         return self._stored[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, a view of the file: to be copied from, not written to."""
+        """The tensor as stored, a view of the file: to be copied from; writing to it ends the process."""
         stored = self._stored[name]
         if stored.start == stored.stop:
             return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        data = torch.frombuffer(
-            self._map(stored.path), dtype=torch.uint8, count=stored.stop - stored.start, offset=stored.start
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor shall it be
+            data = torch.frombuffer(
+                self._map(stored.path), dtype=torch.uint8, count=stored.stop - stored.start, offset=stored.start
+            )
         dtype = DTYPES[stored.dtype]
         if stored.start % dtype.itemsize:
             data = data.clone()  # views need aligned bytes
@@ -125,8 +128,7 @@ class SafetensorsReader:
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
             with path.open("rb") as file:
-                # copy-on-write: torch wants writable memory, the file stays as it is
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # takes no memory of its own
         return self._maps[path]
 
 

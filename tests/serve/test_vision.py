@@ -16,6 +16,8 @@ from tests.serve.test_engine import answer
 
 PLAIN = {  # no tails: any whole page can be reused
     "attention.kind": "mla",
+    "drafter.num_layers": 0,
+    "drafter.target_layer_ids": [],
     "attention.compress_ratios": [],
     "attention.kv_source_layer_ids": [],
     "attention.index_source_layer_ids": [],

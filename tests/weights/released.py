@@ -176,8 +176,8 @@ TEXT_V41 = {
     for name in (
         "vocab_size num_attention_heads num_key_value_heads head_dim qk_rope_head_dim o_groups o_lora_rank "
         "n_shared_experts num_experts_per_tok routed_scaling_factor index_head_dim index_topk sliding_window "
-        "rope_theta compress_rope_theta rope_scaling max_position_embeddings hc_mult hc_sinkhorn_iters hc_eps scoring_func "
-        "topk_method norm_topk_prob swiglu_limit hidden_act attention_bias tie_word_embeddings"
+        "rope_theta compress_rope_theta rope_scaling max_position_embeddings hc_mult hc_sinkhorn_iters hc_eps "
+        "scoring_func topk_method norm_topk_prob swiglu_limit hidden_act attention_bias tie_word_embeddings"
     ).split()
 }
 V41 = {
