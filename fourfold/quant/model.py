@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fourfold.model.engram import Engram
 from fourfold.model.moe import MoE
 from fourfold.model.transformer import Model
-from fourfold.quant.modules import QuantizedLinear, QuantizedStack, QuantizedWeight
+from fourfold.quant.modules import QuantizedLinear, QuantizedStack, QuantizedTable, QuantizedWeight
 
 # The head and its corrections, the expansions that decoding folds into the queries, the first maps of the drafters
 KEPT = {"lm_head", "markov_head", "confidence_proj", "kv_b_proj", "e_proj", "h_proj"}
@@ -29,8 +30,9 @@ def prepare(
 
     kind: "int8" or "int4". The names are those that the replaced parameters had: ``….q_proj.weight``,
     ``….mlp.gate_up_proj``. dtype: that the modules will compute in, by default that of the replaced weights;
-    device: of codes and scales, by default that of the weights, which may be meta. Linear layers and expert stacks
-    are replaced; norms, router, biases, sinks, stream maps, embeddings and what :func:`is_kept` names are not.
+    device: of codes and scales, by default that of the weights, which may be meta. Linear layers, expert stacks and
+    the tables of Engram are replaced; norms, router, biases, sinks, stream maps, token embeddings and what
+    :func:`is_kept` names are not.
     """
     made: dict[str, QuantizedWeight] = {}
     for name, module in list(model.named_modules()):
@@ -40,6 +42,11 @@ def prepare(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, linear.train(module.training))
             made[f"{name}.weight"] = linear
+        elif isinstance(module, Engram):
+            w = module.embed.weight
+            table = QuantizedTable(tuple(w.shape), kind, dtype or w.dtype, device or w.device)
+            module.embed = table.train(module.training)
+            made[f"{name}.embed.weight"] = table
         elif isinstance(module, MoE):
             for child in STACKS:
                 w = getattr(module, child)

@@ -107,6 +107,19 @@ class QuantizedLinear(QuantizedWeight):
         return F.linear(x, self.dequantize(dtype=x.dtype), bias)
 
 
+class QuantizedTable(QuantizedWeight):
+    """``nn.Embedding`` over a quantised table [rows, width], of which only the rows that are asked for are decoded."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows: int64 [...]. Returns [..., width]."""
+        codes, scales = self.codes[rows], self.scales[rows]
+        if self.kind == "int8":
+            values = ops.dequantize_int8(codes, scales)
+        else:
+            values = ops.dequantize_int4(codes, scales, INT4_GROUP, self.shape[-1])
+        return values.to(self.dtype)
+
+
 class QuantizedStack(QuantizedWeight):
     """The weights of all experts [E, N, K]; ``stack[e]`` dequantises one of them."""
 

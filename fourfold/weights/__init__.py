@@ -1,1 +1,1 @@
-"""A model in and out of files: safetensors only, written atomically."""
+"""A model out of files and into them: safetensors and GGUF read, safetensors written, atomically; no pickle."""

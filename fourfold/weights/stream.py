@@ -153,7 +153,7 @@ def stream(
             for first, rows in numbers.leaf(leaf, 0, leaf.shape[0]):
                 if meta.is_floating_point() and not finite(rows):
                     faults[f"{leaf.part.name} holds NaN or infinity"] = None
-                if sink is not None:
+                elif sink is not None:
                     sink.put(leaf.leading, leaf.start + first, rows)
                 advance(rows.numel())
             numbers.release(leaf.part.name)

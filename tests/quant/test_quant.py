@@ -15,7 +15,7 @@ from fourfold import ops
 from fourfold.model.sequence import pack
 from fourfold.model.transformer import Model
 from fourfold.quant.model import is_kept, prepare, quantize_model
-from fourfold.quant.modules import KINDS, QuantizedLinear, QuantizedStack, QuantizedWeight
+from fourfold.quant.modules import KINDS, QuantizedLinear, QuantizedStack, QuantizedTable, QuantizedWeight
 from tests.model import tiny
 
 MOE = {
@@ -48,7 +48,7 @@ def with_same_numbers(original: Model, model: Model) -> Model:
     plain = copy.deepcopy(original)
     with torch.no_grad():
         for name, weight in quantized(model).items():
-            suffix = ".weight" if isinstance(weight, QuantizedLinear) else ""
+            suffix = ".weight" if isinstance(weight, (QuantizedLinear, QuantizedTable)) else ""
             plain.get_parameter(name + suffix).copy_(weight.dequantize())
     return plain
 
@@ -102,7 +102,7 @@ def test_what_is_quantised_and_what_is_kept(make):
     gone = dict(original.named_parameters()).keys() - dict(model.named_parameters()).keys()
     for name, parameter in original.named_parameters():
         last = name.split(".")[-2] if name.endswith(".weight") else name.split(".")[-1]
-        large = last.endswith("_proj") or last == "kv_a_proj_with_mqa"
+        large = last.endswith("_proj") or last in ("kv_a_proj_with_mqa", "embed")
         inside = any(part in name for part in ("indexer.", "compressor.", "media."))
         sensitive = inside or last in ("kv_b_proj", "e_proj", "h_proj", "bias")
         assert (name in gone) == (large and not sensitive), name

@@ -249,6 +249,22 @@ def test_nan_in_fp8_is_found(models, family_tokenizer, tmp_path):
         load_model(change(directory, edit))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_nan_is_found_while_quantising_too(kind, copied):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.experts.3.down_proj.weight"][1, 1] = torch.nan
+        tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = torch.inf
+
+    with pytest.raises(CheckpointError, match="o_proj.weight holds NaN") as caught:
+        load_model(change(copied("deepseek_v3"), spoil), quant=kind)
+    assert "experts.3.down_proj.weight holds NaN" in str(caught.value)
+
+
+def test_a_quantisation_that_is_none_is_refused(directories):
+    with pytest.raises(ValueError, match="quant: 'int3'"):
+        load_model(directories["llama"], quant="int3")
+
+
 def test_one_file_of_our_own_format(models, family_tokenizer, tmp_path):
     from fourfold.weights.checkpoint import save_model
 

@@ -25,6 +25,7 @@ from fourfold.weights.families.fields import GENERIC, Fields
 from fourfold.weights.formats import FormatError, weight_block_size
 
 DIALECTS = ("released", "transformers")
+MOST_NAMED = 8  # fields that one error lists
 
 # Stay float32 in a model of any dtype: small, and what they steer amplifies their rounding.
 FLOAT32 = (
@@ -89,6 +90,8 @@ class Family:
         differing = [
             f"{name} = {value!r} (it has {got.get(name)!r})" for name, value in wanted.items() if value != got.get(name)
         ]
+        if len(differing) > MOST_NAMED:
+            differing[MOST_NAMED:] = [f"and {len(differing) - MOST_NAMED} more fields"]
         if differing:
             raise ConfigError(f"{self.model_type} cannot express {', '.join(differing)}")
         return values
@@ -178,5 +181,8 @@ def _canonical_rope(rope: RopeConfig) -> RopeConfig:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat

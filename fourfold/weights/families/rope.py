@@ -99,4 +99,5 @@ def write_rope(rope: RopeConfig, dialect: str) -> dict[str, Any]:
     if dialect == "transformers":
         kind = rope.scaling if values else "default"
         return {"rope_parameters": {"rope_type": kind, "rope_theta": rope.theta, **values}}
-    return {"rope_theta": rope.theta, "rope_scaling": {"type": rope.scaling, **values} if values else None}
+    key = "rope_type" if rope.scaling == "llama3" else "type"  # the name of each one's time
+    return {"rope_theta": rope.theta, "rope_scaling": {key: rope.scaling, **values} if values else None}
