@@ -277,7 +277,11 @@ class _QuantisingSink:
         self.weight = weight
 
     def put(self, leading: tuple[int, ...], start: int, rows: Tensor) -> None:
-        self.weight.put(leading[0] if leading else None, start, rows.float())
+        if rows.dim() == 3:  # whole experts, as our own files hold them
+            for expert, matrix in enumerate(rows, start):
+                self.weight.put(expert, 0, matrix.float())
+        else:
+            self.weight.put(leading[0] if leading else None, start, rows.float())
 
 
 def _quantising(model: Model, kind: str, dtype: torch.dtype) -> dict[str, Sink]:

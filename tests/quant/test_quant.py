@@ -16,6 +16,7 @@ from fourfold.model.sequence import pack
 from fourfold.model.transformer import Model
 from fourfold.quant.model import is_kept, prepare, quantize_model
 from fourfold.quant.modules import KINDS, QuantizedLinear, QuantizedStack, QuantizedTable, QuantizedWeight
+from fourfold.weights.checkpoint import load_model, resolve
 from tests.model import tiny
 
 MOE = {
@@ -264,3 +265,12 @@ def test_other_refusals():
         model.layers[1].mlp.down_proj[3, 2, 1] = torch.inf
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: holds NaN, infinity"):
         quantize_model(model, "int8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_own_files_hold_whole_stacks(kind):
+    """The bundled model quantised while it is loaded is the one quantised afterwards."""
+    while_loading = load_model(resolve("nano"), quant=kind)[0].state_dict()
+    after = quantize_model(load_model(resolve("nano"))[0], kind).state_dict()
+    assert while_loading.keys() == after.keys()
+    assert all(torch.equal(while_loading[name], tensor) for name, tensor in after.items())
