@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from fourfold.model.transformer import Model
@@ -15,6 +16,7 @@ class Subject(Protocol):
     """What is measured: a model that answers; ``fourfold.load`` gives one."""
 
     name: str
+    path: Path | None  # where it was loaded from
     model: Model
     tokenizer: Tokenizer
     chat: ChatFormat

@@ -73,6 +73,7 @@ class LocalModel:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.chat = chat or default_chat(tokenizer)
+        self.path: Path | None = None
         self.config = model.cfg
 
     @classmethod
@@ -88,7 +89,9 @@ class LocalModel:
             raise ValueError(f"dtype: is {dtype!r}; choose one of {', '.join(DTYPES)}")
         directory = resolve(str(name))
         model, tokenizer = load_model(directory, DTYPES[dtype or "float32"], quant, progress)
-        return cls(model, tokenizer, Path(name).name, _chat(directory, tokenizer))
+        loaded = cls(model, tokenizer, Path(name).name, _chat(directory, tokenizer))
+        loaded.path = directory
+        return loaded
 
     @cached_property
     def engine(self) -> Engine:

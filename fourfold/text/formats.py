@@ -120,10 +120,14 @@ def load_chat(directory: str | Path, model_type: str | None, tokenizer: Tokenize
         ids |= {tokenizer.marks[names["eos_token"]]}
     stops = {id for id in ids if tokenizer.has(id)}
     kind = str(config.get("model_type") if model_type is None else model_type)
-    dialect = V41 if kind.startswith("deepseek_v41") else V4 if kind.startswith("deepseek_v4") else None
-    if dialect is not None and speaks(tokenizer, dialect):
-        return DsmlChat(tokenizer, stops, dialect, Wording.load(directory, dialect))
-    return make_chat(tokenizer, _templates(directory, about), names, stops)
+    templates = _templates(directory, about)
+    dialects = [V41] if kind.startswith("deepseek_v41") else [V4] if kind.startswith("deepseek_v4") else []
+    if kind in ("fourfold", "None") and not templates:  # converted to our own format, it still has its tokens
+        dialects = [V41, V4]
+    for dialect in dialects:
+        if speaks(tokenizer, dialect):
+            return DsmlChat(tokenizer, stops, dialect, Wording.load(directory, dialect))
+    return make_chat(tokenizer, templates, names, stops)
 
 
 def _templates(directory: Path, about: dict[str, Any]) -> dict[str, str]:

@@ -373,7 +373,7 @@ def save_model(directory: Path, model: Model, tokenizer: Tokenizer, dtype: torch
         for name, tensor in model.state_dict().items()
     }
     with atomic_directory(directory) as partial:
-        write_json(partial / "config.json", model.cfg.to_dict())
+        write_json(partial / "config.json", {"model_type": NATIVE, **model.cfg.to_dict()})
         save_file(tensors, partial / "model.safetensors")
         tokenizer.save(partial / "tokenizer.json")
 

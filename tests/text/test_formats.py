@@ -163,3 +163,10 @@ def test_broken_files_are_refused_by_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(ChatError, match=name.split(".")[0] if "%" not in content else "chat_template"):
         load_chat(tmp_path, "llama", small(released.V3))
+
+
+def test_a_model_converted_to_our_format_still_speaks_its_own(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fourfold"}))
+    assert isinstance(load_chat(tmp_path, None, small(released.V4)), DsmlChat)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v32"}))
+    assert isinstance(load_chat(tmp_path, None, small(released.V4)), NoChat)  # its tokens, but not its rules
