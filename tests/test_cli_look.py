@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
 
 import fourfold
 from fourfold.cli import main
@@ -308,3 +311,17 @@ def test_convert_there_and_back(tmp_path, capsys):
     with contextlib.closing(fourfold.load(str(tmp_path / "theirs"), quant="int8")) as model:
         assert torch.equal(model.logits([0, 1]), torch.zeros(2, cfg.vocab_size))
     assert "is there already" in refusal(capsys, "convert", *back)
+
+
+def test_ours_for_transformers(tmp_path, capsys):
+    out = tmp_path / "nano"
+    assert main(["convert", "nano", str(out), "--family", "fourfold", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "fourfold"
+    importlib.import_module("fourfold.weights.hf")  # registers the class
+
+    ids = torch.tensor([[0, 4, 65, 70]])
+    got = AutoModelForCausalLM.from_pretrained(out)(ids).logits[0]
+    assert (got - fourfold.load("nano").logits(ids[0].tolist())).abs().max() <= 1e-5
+    assert main(["convert", "nano", str(out), "--family", "fourfold"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["convert", "nano", str(tmp_path / "x"), "--family", "fourfold", "--storage", "fp8"]) == 2

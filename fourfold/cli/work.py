@@ -38,7 +38,9 @@ def add_commands(command: Command) -> None:
     convert.add_argument("source", metavar="SRC", help=SOURCE_HELP)
     convert.add_argument("destination", type=Path, metavar="DST", help="a directory that is not there yet, or empty")
     convert.add_argument(
-        "--family", metavar="NAME", help="model_type to write, or native (default: native, or the first that fits ours)"
+        "--family",
+        metavar="NAME",
+        help="a model_type, native, or fourfold: ours for transformers (default: native; of ours the first to fit)",
     )
     convert.add_argument(
         "--dialect", choices=("released", "transformers"), default="released", help="default: %(default)s"
@@ -100,8 +102,19 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from fourfold.weights.export import convert
+    from fourfold.weights.export import convert, require_empty
 
+    if args.family == "fourfold":
+        from fourfold.weights.hf import export_hf
+
+        require_empty(args.destination)
+        dtypes = {None: "float32", "fp32": "float32", "bf16": "bfloat16"}
+        if args.storage not in dtypes:
+            raise ValueError(f"--storage: is {args.storage!r}; choose bf16 or fp32 for family fourfold")
+        path = export_hf(args.source, args.destination, dtypes[args.storage])
+        said = {"path": str(path), "family": "fourfold", "dialect": "transformers", "storage": args.storage or "fp32"}
+        print_json(said) if args.json else print(f"{path}: fourfold, for the Auto classes of transformers")
+        return
     shown = sys.stderr.isatty()
     done = convert(args.source, args.destination, args.family, args.dialect, args.storage, progress=shown)
     if args.json:

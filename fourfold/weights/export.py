@@ -105,8 +105,7 @@ def convert(
     first family that can express it. Raises CheckpointError, also if ``destination`` holds something already.
     """
     path, destination = resolve(str(source)), Path(destination)
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise CheckpointError(f"{destination}: is there already")
+    require_empty(destination)
     try:
         tokenizer = load_tokenizer(path)
     except TokenizerError as error:
@@ -128,6 +127,12 @@ def convert(
     with progress_bar(progress, f"writing {destination.name}", total) as advance:
         rows = _rows_of(opened, derived)
         return target.write(destination, rows, tokenizer, shard_bytes, _token_ids(values), beside, advance)
+
+
+def require_empty(destination: Path) -> None:
+    """Raises CheckpointError if something is there already that writing would replace."""
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise CheckpointError(f"{destination}: is there already")
 
 
 def _is_wide(source: Source) -> bool:
@@ -152,7 +157,10 @@ def _fitting(cfg: ModelConfig) -> str:
             refusals.append(str(error))
             continue
         return name
-    raise CheckpointError(f"no released family can express this model: {'; '.join(refusals)}")
+    raise CheckpointError(
+        f"no released family can express this model (--family fourfold writes it for transformers as it is): "
+        f"{'; '.join(refusals)}"
+    )
 
 
 def _rows_of(source: Source, derived: Mapping[str, Tensor]) -> Rows:

@@ -24,7 +24,7 @@ from fourfold.model.context import Context
 from fourfold.model.sequence import IGNORE, Packed
 from fourfold.model.transformer import Model
 from fourfold.text.tokenizer import Tokenizer
-from fourfold.weights.checkpoint import CheckpointError, atomic_directory, load_model, resolve
+from fourfold.weights.checkpoint import DTYPES, CheckpointError, atomic_directory, load_model, resolve
 
 try:
     from transformers import (
@@ -448,15 +448,14 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int | None = None) -> PreTrai
     )
 
 
-def export_hf(
-    source: str | Path | tuple[Model, Tokenizer], destination: str | Path, dtype: torch.dtype = torch.float32
-) -> Path:
+def export_hf(source: str | Path | tuple[Model, Tokenizer], destination: str | Path, dtype: str = "float32") -> Path:
     """Writes a directory that AutoModelForCausalLM and AutoTokenizer load, whole or not at all.
 
-    source: a bundled name, a model directory, or a model with its tokenizer; dtype: of parameters read from disk.
+    source: a bundled name, a model directory, or a model with its tokenizer; dtype: of parameters read from disk,
+    float32 or bfloat16.
     Raises CheckpointError, or TokenizerError if the tokenizer lacks the native special tokens.
     """
-    model, tokenizer = source if isinstance(source, tuple) else load_model(resolve(str(source)), dtype)
+    model, tokenizer = source if isinstance(source, tuple) else load_model(resolve(str(source)), DTYPES[dtype])
     ids = {f"{name}_token_id": tokenizer.special(f"<|{name}|>") for name in ("bos", "eos", "pad")}
     with atomic_directory(Path(destination)) as partial:
         FourfoldForCausalLM.of(model, **ids).save_pretrained(partial)
