@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Adds a command: its name, what runs it, and its help text.
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
-SOURCE_HELP = "nano, a directory (ours or Hugging Face's) or a .gguf file"
+SOURCE_HELP = "nano, a directory (ours or Hugging Face's), a hub id or a .gguf file"
 MODEL_HELP = f"{SOURCE_HELP} (default: nano)"
 
 

@@ -31,6 +31,7 @@ from fourfold.weights.families import DIALECTS, FLOAT32, Family, family_of
 from fourfold.weights.families.entries import Part, Plan, by_disk_name
 from fourfold.weights.families.fields import GENERIC
 from fourfold.weights.formats import FormatError, weight_block_size
+from fourfold.weights.hub import from_hub, is_hub_id
 from fourfold.weights.stream import Numbers, Sink, TensorSink, fold, missing_and_extra, stream
 from fourfold.weights.tensors import CheckpointError, SafetensorsReader, TensorReader
 
@@ -55,12 +56,17 @@ __all__ = [
 
 
 def resolve(name: str) -> Path:
-    """The directory of a bundled model's name or of a path, or a GGUF file. Raises CheckpointError if there is none."""
+    """The directory of a bundled model's name, of a path or of a hub id, or a GGUF file.
+
+    Raises CheckpointError if there is none.
+    """
     if Path(name).suffix == GGUF and Path(name).is_file():
         return Path(name)
     for candidate in (BUNDLED / name, Path(name)):
         if (candidate / "config.json").is_file():
             return candidate
+    if is_hub_id(name):
+        return from_hub(name)
     bundled = ", ".join(sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))) or "none"
     raise CheckpointError(
         f"model: {name!r} is neither bundled ({bundled}) nor a directory with a config.json nor a GGUF file"

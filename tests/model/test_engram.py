@@ -129,7 +129,7 @@ def test_gate_near_zero_is_finite_with_a_finite_gradient():
 
 @pytest.mark.parametrize(("kind", "streams"), [("plain", 1), ("mhc", 3)])
 def test_engram_by_numpy(kind, streams):
-    """Rows, one value for all streams, one key and gate per stream, added before the block (spec 3.3)."""
+    """Rows, one value for all streams, one key and gate per stream, added before the block."""
     cfg = tiny.config(**ENGRAM, **{"residual.kind": kind, "residual.hc_mult": streams}, media=tiny.MEDIA)
     made, document = tiny.model(cfg), tiny.document(cfg, 25, seed=1)
     d, eps = cfg.hidden_size, cfg.rms_norm_eps

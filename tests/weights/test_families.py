@@ -317,7 +317,7 @@ def test_hash_layers_have_a_table_and_no_bias():
 # ---------------------------------------------------------------- totals of the released models
 
 
-TOTALS = {  # spec 1.7 and 4.1, without MTP and without the router's biases, which are buffers there
+TOTALS = {  # as published, without MTP and without the router's biases, which are buffers there
     "v2-lite": 15_706_484_224,
     "v2": 235_741_434_880,
     "v3": 671_026_404_352,
