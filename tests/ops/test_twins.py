@@ -45,6 +45,7 @@ def attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     groups, kv_heads, dim, value_dim = rng.choice([1, 2, 3]), rng.choice([1, 2]), width(size, rng), width(size, rng)
     visible = torch.rand(batch, queries, keys) < 0.4
     visible[..., 0] |= ~visible.any(-1)  # a query sees at least one key
+    sinks = torch.randn(groups * kv_heads, dtype=dtype) if rng.random() < 0.5 else None
     return Case(
         [
             torch.randn(batch, queries, groups * kv_heads, dim, dtype=dtype),
@@ -52,8 +53,9 @@ def attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
             torch.randn(batch, keys, kv_heads, value_dim, dtype=dtype),
             visible,
             dim**-0.5,
+            sinks,
         ],
-        learn=[0, 1, 2],
+        learn=[0, 1, 2] if sinks is None else [0, 1, 2, 5],
     )
 
 
