@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 FAST = (3.4445, -4.7750, 2.0315)  # drives all singular values near one, roughly
 EXACT = (2.0, -1.5, 0.5)  # converges to one
@@ -27,12 +28,15 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices [rows, cols] and stacks of them [E, rows, cols]; Nesterov momentum, decoupled weight decay."""
+    """For matrices [rows, cols] and stacks of them [E, rows, cols]; Nesterov momentum, decoupled weight decay.
+
+    A group may say ``split``: each of its matrices is that many, one below the other (the heads of a projection).
+    """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+        self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.1, split: int = 1
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": split})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -45,6 +49,22 @@ class Muon(torch.optim.Optimizer):
                 entry = self.state[parameter]
                 momentum = entry.setdefault("momentum", torch.zeros_like(parameter))
                 momentum.mul_(group["momentum"]).add_(parameter.grad)
-                direction = orthogonalize(parameter.grad.add(momentum, alpha=group["momentum"]))
+                wanted = parameter.grad.add(momentum, alpha=group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-group["lr"] * UPDATE_RMS * max(parameter.shape[-2:]) ** 0.5)
+                parameter.add_(update(wanted, group["split"]), alpha=-group["lr"])
+
+
+def update(g: Tensor, split: int) -> Tensor:
+    """The step along g [..., rows, cols], each of its ``split`` matrices orthogonal, of root mean square 0.18.
+
+    One that is sharded is put together first, for a shard of a matrix says nothing of its singular values.
+    """
+    if isinstance(g, DTensor):
+        mesh, placements = g.device_mesh, g.placements
+        if all(place.is_replicate() or place.is_shard() and place.dim < g.ndim - 2 for place in placements):
+            kept = update(g.to_local(), split)  # whole matrices of a stack
+            return DTensor.from_local(kept, mesh, placements, run_check=False, shape=g.shape, stride=g.stride())
+        whole = DTensor.from_local(update(g.full_tensor(), split), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return whole.redistribute(mesh, placements)
+    parts = g.unflatten(-2, (split, -1)) if split > 1 else g
+    return orthogonalize(parts).reshape(g.shape) * (UPDATE_RMS * max(parts.shape[-2:]) ** 0.5)

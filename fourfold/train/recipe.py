@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fourfold.config import ModelConfig
-from fourfold.fields import ConfigError, from_dict, parse_override
+from fourfold.fields import ConfigError, choose, from_dict, parse_override, require
+
+# ---------------------------------------------------------------- schedules: what the peak rate is multiplied by
+# at ``step`` of ``steps``; all warm up linearly over ``warmup`` steps and go down to ``end``.
+
+
+def linear(step: int, steps: int, warmup: int, decay_share: float, end: float) -> float:
+    """Constant, then a straight line over the last ``decay_share`` of all steps."""
+    left = min(1.0, (steps - step) / max(1, int(steps * decay_share)))
+    return warm(step, warmup) * (end + (1 - end) * left)
+
+
+def wsd(step: int, steps: int, warmup: int, decay_share: float, end: float) -> float:
+    """Warm-up, stable, decay: constant, then half a cosine over the last ``decay_share`` (as DeepSeek-V4)."""
+    left = min(1.0, (steps - step) / max(1, int(steps * decay_share)))
+    return warm(step, warmup) * (end + (1 - end) * (1 - math.cos(math.pi * left)) / 2)
+
+
+def cosine(step: int, steps: int, warmup: int, decay_share: float, end: float) -> float:
+    """Half a cosine from the end of the warm-up to the last step; there is no ``decay_share``."""
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    return warm(step, warmup) * (end + (1 - end) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def warm(step: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / max(1, warmup))
+
+
+SCHEDULES = {"linear": linear, "wsd": wsd, "cosine": cosine}
+
+# ---------------------------------------------------------------- the recipe
 
 
 @dataclass(frozen=True)
@@ -32,14 +63,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """``kind``: muon (matrices of hidden layers; AdamW elsewhere) or adamw.
+    """``kind``: muon (matrices of hidden layers; AdamW elsewhere) or adamw. ``schedule``: one of ``SCHEDULES``.
 
-    The rates warm up linearly, stay, and fall linearly to ``lr_end`` over the last ``decay_share`` of all steps.
+    ``accumulate``: micro-batches of a step. ``skip_sigma``: a step whose loss or gradient norm is further above the
+    recent mean, in standard deviations, is not taken.
     """
 
     kind: str = "muon"
     lr: float = 3e-3
     lr_end: float = 1e-4
+    schedule: str = "linear"
     warmup_steps: int = 100
     decay_share: float = 0.5
     betas: tuple[float, ...] = (0.9, 0.95)
@@ -47,10 +80,15 @@ class Optimizer:
     engram_lr_scale: float = 5.0
     indexer_lr: float = 1e-3
     clip: float = 1.0
+    accumulate: int = 1
+    skip_sigma: float = 6.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("muon", "adamw"):
             raise ConfigError(f"optimizer.kind: is {self.kind!r}; choose muon or adamw")
+        choose("optimizer.schedule", self.schedule, tuple(SCHEDULES))
+        require(self.accumulate >= 1, "optimizer.accumulate", "must be at least 1")
+        require(self.skip_sigma > 0, "optimizer.skip_sigma", "must be > 0 (inf: only what is not finite is skipped)")
         if self.lr <= 0:
             raise ConfigError("optimizer.lr: must be > 0")
         if len(self.betas) != 2:
@@ -58,11 +96,31 @@ class Optimizer:
 
     def lr_scale(self, step: int, steps: int) -> float:
         """What the learning rates are multiplied by at ``step`` of ``steps``."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        decay_steps = max(1, int(steps * self.decay_share))
-        left = min(1.0, (steps - step) / decay_steps)
-        end = self.lr_end / self.lr
-        return warm * (end + (1 - end) * left)
+        schedule = SCHEDULES[self.schedule]
+        return schedule(step, steps, self.warmup_steps, self.decay_share, self.lr_end / self.lr)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How many processes share the work: ``dp_replicate`` groups of ``dp_shard``, each holding one copy of the model
+    in shards; the experts of a layer are spread over ``ep`` of them."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dp_replicate", "dp_shard", "ep"):
+            require(getattr(self, name) >= 1, f"parallel.{name}", "must be at least 1")
+        require(
+            self.world_size % self.ep == 0,
+            "parallel.ep",
+            f"is {self.ep}; must divide dp_replicate * dp_shard ({self.world_size})",
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
 
 
 @dataclass(frozen=True)
@@ -84,7 +142,9 @@ class Recipe:
     log_every: int = 10
     save_every: int = 200
     keep: int = 2
+    peak_flops: float = 0.0  # of the machine, for MFU; 0: measured by a matrix product
     optimizer: Optimizer = field(default_factory=Optimizer)
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         for name in ("row", "rows", "log_every", "save_every", "keep"):
@@ -92,6 +152,7 @@ class Recipe:
                 raise ConfigError(f"{name}: must be at least 1")
         if not self.phases:
             raise ConfigError("phases: there must be at least one")
+        require(self.peak_flops >= 0, "peak_flops", "must be >= 0")
 
     @property
     def steps(self) -> int:
@@ -114,7 +175,10 @@ class Recipe:
         return current
 
     def config(self) -> ModelConfig:
-        return ModelConfig.preset(self.preset, **dict(_dotted(self.model)))
+        """The model's. TOML has no null, so media are switched off by ``model.media.image = "off"``."""
+        values = dict(_dotted(self.model))
+        off = {name: None for name, value in values.items() if name.startswith("media.") and value == "off"}
+        return ModelConfig.preset(self.preset, **values | off)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

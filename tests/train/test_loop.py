@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fourfold.fields import ConfigError
+from fourfold.model.probe import Probe
 from fourfold.model.sequence import pack
 from fourfold.text.tokenizer import compress_vocabulary
 from fourfold.train import loop, state
 from fourfold.train.loop import train, train_step
-from fourfold.train.optim import build_optimizers
+from fourfold.train.metrics import TIMED
+from fourfold.train.optim import SkipStep, build_optimizers
 from fourfold.train.recipe import Optimizer, Phase, Recipe
 from fourfold.weights.checkpoint import load_model
 from tests.model import tiny
@@ -44,7 +47,7 @@ def assert_same_end(run: Path, whole: Path) -> None:
 
 
 def untimed(run: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics(run)]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in metrics(run)]
 
 
 # ---------------------------------------------------------------- a run
@@ -268,31 +271,149 @@ def test_gradients_are_clipped(monkeypatch):
     assert float(torch.stack(seen).norm()) == pytest.approx(1e-2, rel=1e-3)
 
 
-@pytest.mark.parametrize("indexer", ["dense", "warmup", "sparse"])
-def test_a_loss_that_is_not_finite_ends_the_run(indexer):
+def poisoned(**values):
+    """A model whose loss is not finite, with what a step of it needs."""
     model = tiny.model(tiny.config(**FULL))
     with torch.no_grad():
         model.embed_tokens.weight[:, 0] = float("nan")
-    recipe = one_step_recipe()
-    optimizers = build_optimizers(model, recipe.optimizer)
-    before = [p.clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError, match="loss"):
-        train_step(model, optimizers, pack([tiny.text(20)]), recipe, Phase(1, indexer))
-    assert all(torch.equal(p.nan_to_num(), b.nan_to_num()) for p, b in zip(model.parameters(), before, strict=True))
+    recipe = one_step_recipe(**values)
+    return model, build_optimizers(model, recipe.optimizer), recipe
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_spoils_the_weights():
-    """The loss can be finite where its gradient is not."""
+def tensors(model, optimizers) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and moments, NaN as a number that compares."""
+    moments = {
+        f"{number} {index} {key}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+    return {name: t.clone().nan_to_num(7) for name, t in (model.state_dict() | moments).items()}
+
+
+def assert_untouched(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("indexer", ["dense", "warmup", "sparse"])
+def test_a_loss_that_is_not_finite_is_skipped_and_the_third_ends_the_run(indexer):
+    model, optimizers, recipe = poisoned()
+    before, guard, packed = tensors(model, optimizers), SkipStep(6.0), pack([tiny.text(20)])
+    for skipped in (1, 2):
+        values = train_step(model, optimizers, packed, recipe, Phase(1, indexer), guard=guard, step=skipped)
+        assert values["skipped"] == skipped
+    with pytest.raises(RuntimeError, match="step 3: loss nan and gradient norm nan"):
+        train_step(model, optimizers, packed, recipe, Phase(1, indexer), guard=guard, step=3)
+    assert_untouched(before, tensors(model, optimizers))
+
+
+def test_a_gradient_that_is_not_finite_spoils_nothing():
+    """The loss can be finite where its gradient is not. Moments and selection biases stay too."""
     model = tiny.model(tiny.config(**FULL))
-    recipe = one_step_recipe()
+    recipe, packed = one_step_recipe(), pack([tiny.text(20)])
+    optimizers, guard = build_optimizers(model, recipe.optimizer), SkipStep(6.0)
+    assert train_step(model, optimizers, packed, recipe, Phase(1), guard=guard)["skipped"] == 0
+    before = tensors(model, optimizers)
+    hook = model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    assert train_step(model, optimizers, packed, recipe, Phase(1), guard=guard)["skipped"] == 1
+    assert_untouched(before, tensors(model, optimizers))
+    hook.remove()
+    assert train_step(model, optimizers, packed, recipe, Phase(1), guard=guard)["skipped"] == 1  # goes on
+    assert not torch.equal(before["norm.weight"], model.norm.weight)
+    assert not torch.equal(before["layers.1.mlp.gate.bias"], model.layers[1].mlp.gate.bias)
+
+
+def test_an_outlier_is_skipped():
+    model = tiny.model(tiny.config(**FULL))
+    recipe, packed = one_step_recipe(), pack([tiny.text(20)])
+    optimizers, guard = build_optimizers(model, recipe.optimizer), SkipStep(6.0)
+    guard.recent = [(1.0 + 0.01 * (-1) ** i, 100.0) for i in range(32)]
+    before = tensors(model, optimizers)
+    assert train_step(model, optimizers, packed, recipe, Phase(1), guard=guard)["skipped"] == 1
+    assert_untouched(before, tensors(model, optimizers))
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+def gradients(micro: list, phase: Phase, balance: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """What the optimizer is given for a step over ``micro``, and what there is to log."""
+    model, seen = tiny.model(tiny.config(**FULL | {"initializer_range": 0.1})).double(), {}
+    recipe = one_step_recipe(optimizer=Optimizer(kind="adamw", clip=1e9), balance_weight=balance)
     optimizers = build_optimizers(model, recipe.optimizer)
-    model.norm.weight.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(FloatingPointError, match="grad"):
-        train_step(model, optimizers, pack([tiny.text(20)]), recipe, Phase(1))
-    assert all(p.isfinite().all() for p in model.parameters())
+
+    def note(*_):
+        seen.update((name, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None)
+
+    optimizers[0].register_step_pre_hook(note)
+    return seen, train_step(model, optimizers, micro, recipe, phase, Probe())
 
 
-def test_telemetry_by_value():
-    output = type("Output", (), {"loads": {"a": torch.tensor([[4, 0, 0, 0], [4, 4, 4, 0]])}})()
-    values = loop.telemetry(output, None)
-    assert values == {"max_violation": pytest.approx(1.0), "dead_experts": 1.0}
+@pytest.mark.parametrize(
+    ("phase", "balance"),
+    [(Phase(1, "dense", 0.3), 0.0), (Phase(1, "dense"), 0.1), (Phase(1, "warmup"), 0.1), (Phase(1, "sparse"), 0.1)],
+    ids=["mtp", "balance", "warmup", "sparse"],
+)
+def test_micro_batches_make_one_big_batch(phase, balance):
+    """Documents of unequal lengths and micro-batches of unequal size, so that a mean of means is another loss.
+
+    Means over positions are told from those over targets: the MTP block's see, at the end of a sequence, whatever
+    follows it in its batch, and are left out.
+    """
+    rows = [[5, 11], [16], [2, 3, 11], [9, 7]]
+    documents = [[tiny.text(n, seed=10 * i + n) for n in row] for i, row in enumerate(rows)]
+    whole, measured = gradients([pack(sum(documents, []), row=16)], phase, balance)
+    cut = [pack(documents[0], row=16), pack(sum(documents[1:], []), row=16)]
+    parts, measured_parts = gradients(cut, phase, balance)
+    mean_of_means = [gradients([part], phase, balance)[0] for part in cut]
+    assert parts.keys() == whole.keys() and whole
+    apart = 0.0
+    for name, wanted in whole.items():
+        size = float(wanted.abs().max())
+        torch.testing.assert_close(parts[name], wanted, rtol=0, atol=1e-5 * size + 1e-12)
+        other = sum(means[name] for means in mean_of_means) / 2
+        apart = max(apart, float((other - wanted).abs().max()) / (size + 1e-12))
+    assert apart > 0.1
+    for name in ("loss", "grad_norm", "index_kl", "index_recall", "mtp_loss", "loss_text"):
+        assert measured_parts.get(name) == (pytest.approx(measured[name], rel=1e-5) if name in measured else None)
+
+
+def test_a_run_with_micro_batches_counts_all_their_positions(recipe):
+    run = train(recipe, ["optimizer.accumulate=2", "phases=[{steps=2}]"])
+    assert [line["positions"] for line in metrics(run)] == [384, 384]
+
+
+# ---------------------------------------------------------------- what a recipe switches off
+
+OFF = {
+    "plain": ["model.residual.kind=plain"],
+    "hc": ["model.residual.kind=hc"],
+    "mhc": ["model.residual.kind=mhc"],
+    "mhc_single_pass": ["model.residual.kind=mhc_single_pass"],
+    "engram": ["model.engram.layer_ids=[]"],
+    "indexer": ["model.indexer.mode=off"],
+    "experts": ["model.moe.n_routed_experts=0"],
+    "mtp": ["model.mtp.num_layers=0"],
+    "media": ["weights={arithmetic=1.0}", *(f"model.media.{m}=off" for m in ("image", "video", "audio", "vision"))],
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_three_steps_of_every_variant(name, recipe):
+    """One step of each mode of the indexer."""
+    phases = "phases=[{steps=1}, {steps=1, indexer='warmup'}, {steps=1, indexer='sparse', mtp=0.3}]"
+    run = train(recipe, [phases, "save_every=9", *OFF[name]])
+    lines = metrics(run)
+    assert len(lines) == 3 and all(line["loss"] > 0 and line["skipped"] == 0 for line in lines)
+    model, _ = load_model(run / "model")
+    has = {"gain_forward": "plain", "index_kl": "indexer", "max_violation": "experts", "mtp_loss": "mtp"}
+    for metric, without in has.items():
+        assert (metric in lines[-1]) == (name != without)
+    assert (model.compression is None) == (name == "engram")
+    assert (not model.cfg.media.modalities) == (name == "media")
+
+
+def test_more_than_one_process_is_refused(recipe):
+    with pytest.raises(ConfigError, match="parallel: dp_replicate and dp_shard must be 1"):
+        train(recipe, ["parallel.dp_shard=2"])

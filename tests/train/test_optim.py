@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from fourfold.config import ModelConfig
 from fourfold.model.sequence import IGNORE, Document, pack
-from fourfold.train.muon import Muon, orthogonalize
-from fourfold.train.optim import answer_weights, build_optimizers, set_lr, weighted_cross_entropy
+from fourfold.model.transformer import Model
+from fourfold.train.muon import Muon, orthogonalize, update
+from fourfold.train.optim import SkipStep, answer_weights, build_optimizers, rule, set_lr, weighted_cross_entropy
 from fourfold.train.recipe import Optimizer
 from tests.model import tiny
 
@@ -91,6 +97,45 @@ def test_muon_learns():
     assert loss < 0.1 * target.square().sum()
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_muon_treats_the_heads_of_a_projection_one_by_one(parts):
+    """As if each head's rows were a parameter of their own."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(12, 8, generator=generator))
+    heads = [torch.nn.Parameter(part.clone()) for part in whole.detach().chunk(parts)]
+    together, apart = Muon([{"params": [whole], "split": parts}], lr=0.1), Muon(heads, lr=0.1)
+    for _ in range(3):
+        whole.grad = torch.randn(12, 8, generator=generator)
+        for head, grad in zip(heads, whole.grad.chunk(parts), strict=True):
+            head.grad = grad.clone()
+        together.step()
+        apart.step()
+        torch.testing.assert_close(whole.detach(), torch.cat([head.detach() for head in heads]), rtol=0, atol=2e-3)
+    step = update(whole.grad, parts)
+    for one in step.chunk(parts):  # the largest side of a head scales its step, not that of all of them
+        values = torch.linalg.svdvals(one) / (0.18 * math.sqrt(max(one.shape)))
+        assert values.min() > 0.9 and values.max() < 1.1
+
+
+def test_muon_on_a_sharded_matrix(tmp_path, monkeypatch):
+    """One process is a world too: the step of a DTensor is that of the tensor."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        g = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+        sharded = distribute_tensor(g, mesh, [Shard(0)])
+        step = update(sharded, 3)
+        assert isinstance(step, DTensor) and step.placements == sharded.placements
+        torch.testing.assert_close(step.full_tensor(), update(g, 3), rtol=0, atol=0)
+        stack = distribute_tensor(g.view(3, 4, 8), mesh, [Shard(0)])
+        with monkeypatch.context() as patched:
+            patched.setattr(DTensor, "full_tensor", None)  # whole matrices need no others
+            step = update(stack, 1)
+        torch.testing.assert_close(step.full_tensor(), update(g.view(3, 4, 8), 1), rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
+
+
 # ---------------------------------------------------------------- who learns how
 
 
@@ -112,17 +157,17 @@ def rules(kind: str) -> dict[str, tuple[str, float, float]]:
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_every_parameter_has_the_rule_of_its_kind(kind):
     matrix = ("Muon" if kind == "muon" else "AdamW", 1e-2, 0.1)
-    for name, rule in rules(kind).items():
+    for name, got in rules(kind).items():
         if ".indexer." in name:
-            assert rule == ("AdamW", 3e-3, 0.1), name
+            assert got == ("AdamW", 3e-3, 0.1), name
         elif name == "engrams.1.embed.weight":
-            assert rule == ("AdamW", 5e-2, 0.0), name
+            assert got == ("AdamW", 5e-2, 0.0), name
         elif name in ("embed_tokens.weight", "lm_head.weight") or "delimiters" in name:
-            assert rule == ("AdamW", 1e-2, 0.1), name
+            assert got == ("AdamW", 1e-2, 0.1), name
         elif name.endswith(("norm.weight", "base", "scale", "bias")):
-            assert rule == ("AdamW", 1e-2, 0.0), name
+            assert got == ("AdamW", 1e-2, 0.0), name
         elif not name.endswith(("q_weight", "k_weight", "conv.weight")):
-            assert rule == matrix, name
+            assert got == matrix, name
 
 
 @pytest.mark.parametrize("name", ["q_weight", "k_weight", "conv.weight"])
@@ -137,6 +182,132 @@ def test_rates_are_scaled_from_their_peaks():
         set_lr(optimizers, scale)
         for optimizer in optimizers:
             assert all(g["lr"] == g["peak_lr"] * scale for g in optimizer.param_groups)
+
+
+PRESETS = ("nano", "v4-lite", "v4", "v4-flash", "v4.1-flash", "v3.2", "v2-lite", "v1-7b")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_rules_know_every_parameter(preset):
+    """By name: each has one rule; no vector goes to Muon; what is split has rows for it."""
+    cfg = ModelConfig.preset(preset)
+    with torch.device("meta"):
+        made = Model(cfg)
+    for name, parameter in made.named_parameters():
+        group, split = rule(name)
+        assert group in ("matrices", "embeddings", "vectors", "tables", "indexers"), name
+        if group == "matrices":
+            assert parameter.dim() > 1, name
+        if group == "vectors":
+            assert parameter.dim() == 1 or name.endswith(("q_weight", "k_weight", "conv.weight", "position_bias")), name
+        assert not split or parameter.shape[-2] % getattr(cfg.attention, split) == 0, name
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("layers.3.self_attn.q_b_proj.weight", ("matrices", "num_attention_heads")),
+        ("mtp.block.self_attn.kv_b_proj.weight", ("matrices", "num_attention_heads")),
+        ("drafter.blocks.0.self_attn.q_b_proj.weight", ("matrices", "num_attention_heads")),
+        ("layers.3.self_attn.q_proj.weight", ("matrices", "num_attention_heads")),
+        ("layers.3.self_attn.k_proj.weight", ("matrices", "num_key_value_heads")),
+        ("layers.3.self_attn.v_proj.weight", ("matrices", "")),
+        ("layers.3.self_attn.o_a_proj.weight", ("matrices", "o_groups")),
+        ("layers.3.self_attn.o_proj.weight", ("matrices", "")),
+        ("layers.3.self_attn.kv_a_proj_with_mqa.weight", ("matrices", "")),
+        ("layers.3.mlp.gate_up_proj", ("matrices", "")),
+        ("layers.3.mlp.gate.weight", ("matrices", "")),
+        ("layers.3.attn_residual.fn", ("matrices", "")),
+        ("layers.3.attn_residual.base", ("vectors", "")),
+        ("mtp.collapse.scale", ("vectors", "")),
+        ("layers.3.self_attn.sinks", ("vectors", "")),
+        ("layers.3.self_attn.compressor.position_bias", ("vectors", "")),
+        ("layers.3.self_attn.indexer.compressor.kv_proj.weight", ("indexers", "")),
+        ("layers.3.self_attn.indexer.k_norm.bias", ("indexers", "")),
+        ("engrams.1.embed.weight", ("tables", "")),
+        ("engrams.1.value_proj.weight", ("matrices", "")),
+        ("drafter.markov_head.weight", ("embeddings", "")),
+        ("media.image_delimiters", ("embeddings", "")),
+    ],
+)
+def test_rules_by_name(name, wanted):
+    assert rule(name) == wanted
+
+
+def test_a_parameter_without_a_rule_is_named():
+    with pytest.raises(ValueError, match="layers.0.novelty: no rule"):
+        rule("layers.0.novelty")
+
+
+def test_muon_splits_what_the_rules_say():
+    made = tiny.model(tiny.config(**FULL))
+    muon = build_optimizers(made, Optimizer())[1]
+    names = {id(p): name for name, p in made.named_parameters()}
+    split = {names[id(p)] for group in muon.param_groups if group["split"] > 1 for p in group["params"]}
+    assert {name.split("self_attn.")[-1] for name in split} == {"q_b_proj.weight", "kv_b_proj.weight"}
+    assert {group["split"] for group in muon.param_groups} == {1, made.cfg.attention.num_attention_heads}
+
+
+# ---------------------------------------------------------------- steps not taken
+
+
+def seen(guard: SkipStep, n: int) -> None:
+    """Losses of mean 2 and deviation 0.1, norms of mean 1 and deviation 0.2."""
+    for i in range(n):
+        assert guard.takes(i, 2 + 0.1 * (-1) ** i, 1 + 0.2 * (-1) ** i)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "taken"),
+    [(2.59, 1.0, True), (2.61, 1.0, False), (2.0, 2.19, True), (2.0, 2.21, False), (0.0, 0.0, True)]
+    + [(math.nan, 1.0, False), (2.0, math.inf, False)],
+)
+def test_a_step_far_above_the_mean_is_refused(loss, norm, taken):
+    guard = SkipStep(6.0)
+    seen(guard, 32)
+    assert guard.takes(32, loss, norm) == taken and guard.skipped == (not taken)
+
+
+def test_a_guard_needs_to_have_seen_some_steps_and_forgets_old_ones():
+    guard = SkipStep(6.0)
+    seen(guard, 31)
+    assert guard.takes(31, 100.0, 100.0)
+    seen(guard, 128)
+    assert len(guard.recent) == 128 and not guard.takes(160, 100.0, 1.0)
+    guard.forget()
+    assert guard.takes(161, 100.0, 1.0)
+
+
+def test_what_was_refused_is_no_part_of_the_mean():
+    guard = SkipStep(6.0)
+    seen(guard, 32)
+    assert [guard.takes(i, 9.0, 1.0) for i in (32, 33)] == [False, False]
+    assert max(loss for loss, _ in guard.recent) < 3
+
+
+def test_three_in_a_row_stop():
+    guard = SkipStep(6.0)
+    for _ in range(2):  # one that is taken begins the count anew
+        assert not guard.takes(7, math.nan, 1.0)
+        assert not guard.takes(8, 2.0, math.inf)
+        assert guard.takes(9, 2.0, 1.0)
+    assert not guard.takes(10, math.nan, 1.0) and not guard.takes(11, math.nan, 1.0)
+    with pytest.raises(RuntimeError, match="step 12: loss 2.5 and gradient norm inf"):
+        guard.takes(12, 2.5, math.inf)
+
+
+def test_a_loss_that_stands_still_has_no_outliers():
+    guard = SkipStep(6.0)
+    assert all(guard.takes(i, 1.0, 1.0) for i in range(40))
+    assert guard.takes(40, 1.005, 1.0) and not guard.takes(41, 1.1, 1.0)
+
+
+def test_a_guard_goes_on_where_it_was():
+    guard, again = SkipStep(6.0), SkipStep(6.0)
+    seen(guard, 40)
+    assert not guard.takes(40, math.nan, 1.0)
+    again.restore(json.loads(json.dumps(guard.state())))
+    assert again.state() == guard.state() and again.skipped == 1
 
 
 # ---------------------------------------------------------------- loss
@@ -162,8 +333,10 @@ def test_an_answer_weighs_the_root_of_its_length():
 def test_loss_by_loops():
     packed = packed_answers()
     logits = torch.randn(5, tiny.VOCAB, generator=torch.Generator().manual_seed(0))
-    loss, plain = weighted_cross_entropy(logits, packed, packed.targets)
+    loss, nats = weighted_cross_entropy(logits, packed, packed.targets)
     wanted = packed.targets[packed.targets != IGNORE]
     each = [-float(logits[i].log_softmax(-1)[wanted[i]]) for i in range(5)]
-    assert float(plain) == pytest.approx(sum(each) / 5, rel=1e-5)
+    assert nats.tolist() == pytest.approx(each, rel=1e-5)
     assert float(loss) == pytest.approx((each[0] + 0.5 * sum(each[1:])) / 3, rel=1e-5)
+    part, _ = weighted_cross_entropy(logits, packed, packed.targets, torch.tensor(12.0))
+    assert float(part) == pytest.approx((each[0] + 0.5 * sum(each[1:])) / 12, rel=1e-5)

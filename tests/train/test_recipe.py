@@ -6,7 +6,7 @@ import pytest
 
 from fourfold.fields import ConfigError
 from fourfold.train.loop import train
-from fourfold.train.recipe import Optimizer, Phase, Recipe
+from fourfold.train.recipe import SCHEDULES, Optimizer, Parallel, Phase, Recipe
 
 
 def made(**values) -> Recipe:
@@ -43,6 +43,14 @@ def test_a_recipe_is_read_with_its_overrides(recipe):
         ("phases=[{steps=1, stepz=2}]", "phases.stepz"),
         ("phases=[{steps=-1}]", "steps"),
         ("out.deeper=1", "out.deeper"),
+        ("optimizer.schedule=steep", "optimizer.schedule.*linear, wsd, cosine"),
+        ("optimizer.accumulate=0", "optimizer.accumulate"),
+        ("optimizer.skip_sigma=0.0", "optimizer.skip_sigma"),
+        ("peak_flops=-1.0", "peak_flops"),
+        ("parallel.dp_shard=0", "parallel.dp_shard"),
+        ("parallel.ep=2", "parallel.ep: is 2; must divide .* .1."),
+        ("parallel={dp_replicate=2, dp_shard=2, ep=3}", "parallel.ep"),
+        ("parallel.pp=2", "parallel.pp"),
         ("rows", "key=value"),
         ("=3", "key=value"),
     ],
@@ -101,6 +109,39 @@ def test_a_mixture_holds_until_the_next():
 def test_a_recipe_becomes_plain_data():
     values = made().to_dict()
     assert values["phases"][1]["mtp"] == 0.3 and values["optimizer"]["betas"] == (0.9, 0.95)
+
+
+def test_sizes_of_a_parallel_run():
+    assert Parallel() == made().parallel and Parallel().world_size == 1
+    assert Parallel(dp_replicate=2, dp_shard=3, ep=6).world_size == 6
+
+
+def test_media_are_switched_off_by_a_word(recipe):
+    got = Recipe.load(recipe, ["model.media.image=off", "model.media.audio=off"]).config()
+    assert got.media.image is None and got.media.audio is None and got.media.video is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),  # warm-up of 4, 20 steps, decay over the last half, to 0.2 of the peak
+    [
+        ("linear", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 10: 1.0, 15: 0.6, 20: 0.2}),
+        ("wsd", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 10: 1.0, 15: 0.6, 20: 0.2, 12.5: 0.6 + 0.4 * 0.5**0.5}),
+        ("cosine", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 12: 0.6, 20: 0.2, 8: 0.6 + 0.4 * 0.5**0.5}),
+    ],
+)
+def test_schedules_by_hand(name, wanted):
+    schedule = SCHEDULES[name]
+    for step, value in wanted.items():
+        assert schedule(step, 20, 4, 0.5, 0.2) == pytest.approx(value), step
+    cfg = Optimizer(lr=2.0, lr_end=0.4, schedule=name, warmup_steps=4, decay_share=0.5)
+    assert [cfg.lr_scale(s, 20) for s in range(21)] == [schedule(s, 20, 4, 0.5, 0.2) for s in range(21)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("steps", "warmup", "share"), [(1, 0, 0.0), (1, 5, 1.0), (8, 8, 0.5), (8, 0, 1.0)])
+def test_schedules_at_their_limits(name, steps, warmup, share):
+    values = [SCHEDULES[name](step, steps, warmup, share, 0.1) for step in range(steps)]
+    assert all(0 < value <= 1 for value in values)
 
 
 def test_learning_rate_by_value():
