@@ -85,6 +85,8 @@ def test_the_order_is_a_function_of_the_seed(folder: Path, tokenizer: Tokenizer)
         take(open_stream(specs(folder), tokenizer, PLAIN, seed), 300, tokenizer) for seed in (3, 3, 4)
     )
     assert first == again != other
+    orders = {tuple(take(open_stream(specs(folder)[:1], tokenizer, PLAIN, seed), 100, tokenizer)) for seed in range(5)}
+    assert len(orders) > 1, "not only which source comes next, but which shard"
     lines = [name for name in first if name.startswith("lines")]
     assert Counter(lines[:100]) == everything("lines", 5), "each sample once in an epoch"
     assert lines[:20] != lines[100:120] or lines[20:40] != lines[120:140], "shards are shuffled anew"
