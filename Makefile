@@ -12,10 +12,10 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-slow lint train-nano bench clean
+.PHONY: help setup setup-dev serve test test-slow lint train-nano bench bench-train study-mhc study-balance clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.base ## virtual environment with what serving and training need
 
@@ -41,11 +41,21 @@ train-nano: $(VENV)/.dev ## build the data and train the bundled model again fro
 	@$(BIN)/fourfold data build smoke
 	@$(BIN)/fourfold train recipes/nano.toml
 
-bench: $(VENV)/.dev ## run every benchmark; results under bench/results
+bench: $(VENV)/.dev ## run every benchmark but the largest (bench/loading.py); results under bench/results
 	@for script in bench/[a-z]*.py; do \
+		case $$script in bench/study_*|bench/loading.py) continue ;; esac; \
 		echo "bench: $$script"; \
 		$(BIN)/python $$script --json bench/results/$$(basename $$script .py).json || exit 1; \
 	done
+
+bench-train: $(VENV)/.dev ## speed of a training step beside transformers, V3 and V4, eager and compiled
+	@$(BIN)/python bench/train.py --json bench/results/train.json
+
+study-mhc: $(VENV)/.dev ## stability of plain, hc and mhc by depth and learning rate (hours; goes on where it stopped)
+	@$(BIN)/python bench/study_mhc.py
+
+study-balance: $(VENV)/.dev ## evenness of experts by bias, auxiliary loss or nothing (goes on where it stopped)
+	@$(BIN)/python bench/study_balance.py
 
 clean: ## remove the virtual environment
 	rm -rf $(VENV)

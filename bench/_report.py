@@ -17,10 +17,15 @@ import torch
 
 
 def arguments(description: str) -> argparse.Namespace:
+    return parser(description).parse_args()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags of every benchmark, to which one may add its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)")
-    return parser.parse_args()
+    return parser
 
 
 def interleaved(arms: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:

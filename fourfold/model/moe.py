@@ -6,6 +6,8 @@ never how they are weighted, and is moved after each step towards the under-load
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,6 +112,8 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(moe.n_routed_experts, d, width))
         self.shared_experts = MLP(cfg, moe.n_shared_experts * width) if moe.n_shared_experts else None
         self.name = ""  # set by the model: its key in telemetry
+        # in place of ``ops.experts`` where the experts are spread over processes (fourfold.train.experts)
+        self.dispatch: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x: [T, d]. Returns [T, d]."""
@@ -123,7 +127,7 @@ class MoE(nn.Module):
             if ctx.balance:
                 n_sequences = len(ctx.packed.cu_seqlens) - 1
                 ctx.balance_losses.append(sequence_balance_loss(scores, indices, ctx.packed.sequence_ids, n_sequences))
-        dtype, run = ops.compute_dtype(x), ops.experts
+        dtype, run = ops.compute_dtype(x), self.dispatch or ops.experts
         stacks = [self.gate_up_proj, self.down_proj]
         if isinstance(self.gate_up_proj, nn.Parameter):
             gate_up, down = (stack.to(dtype) for stack in stacks)
