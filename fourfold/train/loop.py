@@ -25,6 +25,7 @@ from fourfold.config import ModelConfig
 from fourfold.data import corpus as corpora
 from fourfold.data.mixture import Mixture
 from fourfold.data.pack import Batches
+from fourfold.data.skills import SKILLS
 from fourfold.fields import require
 from fourfold.model.moe import MoE, update_bias
 from fourfold.model.probe import Probe
@@ -50,7 +51,7 @@ def train(path: Path, overrides: list[str] | None = None) -> Path:
     run = Path(recipe.out)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "recipe.json", recipe.to_dict())
-    corpus = corpora.load(Path(recipe.corpus) if recipe.corpus else None)
+    corpus = run_corpus(recipe)
     tokenizer = run_tokenizer(run, recipe, corpus, console)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tokenizer)
@@ -233,6 +234,14 @@ def trained_config(model: Model, phase: Phase) -> ModelConfig | None:
     if model.cfg.indexer.mode == "warmup":
         return None
     return model.cfg if phase.mtp > 0 else model.cfg.replace(**{"mtp.num_layers": 0})
+
+
+def run_corpus(recipe: Recipe) -> corpora.Corpus:
+    """The built corpus; an empty one for a recipe that names its tokenizer and draws from generated skills alone."""
+    drawn = {name for weights in (recipe.weights, *(p.weights for p in recipe.phases)) for name in weights}
+    if recipe.tokenizer and not recipe.corpus and not any(SKILLS[name].shards for name in drawn & SKILLS.keys()):
+        return corpora.Corpus(Path(), {})
+    return corpora.load(Path(recipe.corpus) if recipe.corpus else None)
 
 
 def run_tokenizer(run: Path, recipe: Recipe, corpus: corpora.Corpus, console: Console) -> Tokenizer:

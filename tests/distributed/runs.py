@@ -1,5 +1,5 @@
-"""The same training on one process or many: ``python -m tests.distributed.runs OUT CASE ...`` under torchrun's
-environment writes what rank 0 saw of each case."""
+"""The same training on one process or many: ``python -m tests.distributed.runs FOLDER PROCESSES:CASE,CASE ...`` writes
+what rank 0 saw of each case."""
 
 from __future__ import annotations
 
@@ -170,42 +170,41 @@ def gather_gradients(model: Model) -> dict[str, Tensor]:
     return found
 
 
-def launch(world: int, names: list[str], out: Path) -> dict[str, Seen]:
-    """Runs the cases on ``world`` processes, as torchrun would, and returns what rank 0 saw."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.distributed.runs", str(out), *names]
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        said = [process.communicate(timeout=150)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(process.returncode for process in started), "\n".join(said)
-    return torch.load(out, weights_only=False)
+def launch(jobs: dict[int, list[str]], folder: Path) -> dict[str, Seen]:
+    """Runs cases on as many processes as each list's key says, and returns what rank 0 saw of each."""
+    spoken = [f"{world}:{','.join(names)}" for world, names in jobs.items()]
+    command = [sys.executable, "-m", "tests.distributed.runs", str(folder), *spoken]
+    subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150, check=True
+    )
+    return {
+        name: seen for world in jobs for name, seen in torch.load(folder / f"{world}.pt", weights_only=False).items()
+    }
 
 
-def main() -> None:
-    out, *names = sys.argv[1:]
-    torch.set_num_threads(1)
+def work(rank: int, world: int, port: int, names: list[str], out: Path) -> None:
+    """One process of a job, in the environment that torchrun would give it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
     seen = {name: train(CASES[name]) for name in names}
     parallel = setup(CASES[names[0]])
     if parallel.is_main:
         torch.save(seen, out)
     parallel.barrier()
     parallel.destroy()
+
+
+def main() -> None:
+    """Forks once all is imported: that costs more than the runs."""
+    folder, *jobs = sys.argv[1:]
+    torch.set_num_threads(1)
+    for job in jobs:
+        world, names = job.split(":")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        arguments = (int(world), port, names.split(","), Path(folder) / f"{world}.pt")
+        torch.multiprocessing.start_processes(work, arguments, nprocs=int(world), start_method="fork")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,9 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What each case saw; all of as many processes are one launch."""
-    folder = tmp_path_factory.mktemp("runs")
-    return {
-        name: result
-        for world, cases in ((2, TWO), (4, FOUR))
-        for name, result in runs.launch(world, [c.name for c in cases], folder / f"{world}.pt").items()
-    }
+    """What each case saw; all together."""
+    jobs = {2: [case.name for case in TWO], 4: [case.name for case in FOUR]}
+    return runs.launch(jobs, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

@@ -417,3 +417,9 @@ def test_three_steps_of_every_variant(name, recipe):
 def test_more_than_one_process_is_refused(recipe):
     with pytest.raises(ConfigError, match="parallel: dp_replicate and dp_shard must be 1"):
         train(recipe, ["parallel.dp_shard=2"])
+
+
+def test_the_smoke_recipe_needs_nothing_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOURFOLD_DATA", str(tmp_path / "nothing"))
+    run = train(Path("recipes/smoke.toml"), [f"out={tmp_path / 'run'}", "phases=[{steps=2}]"])
+    assert (run / "model" / "model.safetensors").is_file()
