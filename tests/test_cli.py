@@ -307,6 +307,25 @@ def test_train_checks_its_arguments_first_and_passes_them_on(monkeypatch, tmp_pa
     assert trained == [(recipe, ["steps=2", "model.residual.kind=plain"])]
 
 
+def test_the_report_of_a_run_is_written_without_training(monkeypatch, tmp_path, capsys):
+    """By its directory, or by its recipe, whose overrides count."""
+    monkeypatch.setattr("fourfold.train.loop.train", lambda *_: pytest.fail("trained"))
+    run, recipe = tmp_path / "run", tmp_path / "tiny.toml"
+    recipe.write_text('out = "elsewhere"\nweights = {prose = 1.0}\nphases = [{steps = 2}]\n')
+    assert "elsewhere has no metrics.jsonl" in refusal(capsys, "train", "--report", recipe)
+    run.mkdir()
+    assert "run has no metrics.jsonl" in refusal(capsys, "train", "--report", run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.25}\n')
+    for arguments in ([str(run)], [str(recipe), f"out={run}"]):
+        assert main(["train", "--report", *arguments]) == 0
+        path = run / "report.html"
+        assert capsys.readouterr().out == f"{path}\n"
+        assert "3.2500" in path.read_text()
+        path.unlink()
+    assert "'steps=3' cannot change a run that was" in refusal(capsys, "train", run, "steps=3", "--report")
+    assert "RECIPE.toml" in refusal(capsys, "train", run)  # a directory is no recipe to train
+
+
 def test_eval_runs_a_suite_and_keeps_its_scores(model, monkeypatch, tmp_path, capsys):
     settings = {"samples": 4, "seed": 1}
     report = {"suite": "coin", "model": "nano", "scores": {"heads": {"n": 4, "accuracy": 0.5}}, "settings": settings}

@@ -16,6 +16,11 @@ def add_commands(command: Command) -> None:
     train = command("train", _train, "train from a recipe; continues an interrupted run by itself")
     train.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to replace")
+    train.add_argument(
+        "--report",
+        action="store_true",
+        help="do not train: write report.html of the recipe's run so far (or of RECIPE.toml, if that is its directory)",
+    )
 
     evaluate = command("eval", _eval, "measure a model with a suite")
     evaluate.add_argument("suite", metavar="SUITE", help="module of fourfold.eval: media or bpb")
@@ -50,12 +55,25 @@ def add_commands(command: Command) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.report and args.recipe.is_dir():
+        from fourfold.train.report import write_report
+
+        if args.overrides:
+            raise ValueError(f"key=value: {args.overrides[0]!r} cannot change a run that was; give its recipe instead")
+        print(write_report(args.recipe))
+        return
     if not args.recipe.is_file():
         raise ValueError(f"RECIPE.toml: {args.recipe} is not a file")
     from fourfold.fields import parse_override
 
     for override in args.overrides:
         parse_override(override)  # a slip of the pen is told before torch is loaded
+    if args.report:
+        from fourfold.train.recipe import Recipe
+        from fourfold.train.report import write_report
+
+        print(write_report(Path(Recipe.load(args.recipe, args.overrides).out)))
+        return
     from fourfold.train.loop import train
 
     train(args.recipe, args.overrides)

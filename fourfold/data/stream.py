@@ -22,6 +22,7 @@ from fourfold.data.mixture import Mixture
 from fourfold.data.pack import Lanes
 from fourfold.data.records import Reader
 from fourfold.data.sharded import READERS, Shard, ShardError, find_shards, fingerprint
+from fourfold.data.skills import SKILLS
 from fourfold.model.sequence import Document
 from fourfold.text.tokenizer import Tokenizer
 
@@ -224,7 +225,7 @@ class Generated:
             document = self.mixture.document(number)
             if len(document) <= self.most:
                 return [number], document
-            reason = f"too long: {len(document)} positions, at most {self.most}"
+            reason = f"too long: {len(document)} positions, at most {self.most} fit a row"
             self.note(Bad(self.label, self.mixture.skill(number), number, reason))
         raise Exhausted
 
@@ -265,14 +266,20 @@ class Opened:
             reader = Reader(tokenizer, media, max_tokens, spec.text, spec.messages, spec.long == "split")
             try:
                 if spec.kind == "skills":
-                    corpus = corpora.load(Path(spec.path) if spec.path else None)
-                    found: Any = Mixture(spec.skills, corpus, tokenizer, media, spec.split, seed)
+                    found: Any = Mixture(spec.skills, skills_corpus(spec), tokenizer, media, spec.split, seed)
                 else:
                     found = find_shards(spec.kind, spec.path, spec.split, spec.subset)
             except Exception as error:  # of Hugging Face's hub, too
                 raise StreamError(f"source {spec.label}: {error}") from error
             sources[spec.label] = found, reader
         return Opened(sources, weights, tokenizer, seed)
+
+
+def skills_corpus(spec: SourceSpec) -> corpora.Corpus:
+    """The built corpus; an empty one where every skill makes its documents from nothing."""
+    if not spec.path and not any(SKILLS[name].shards for name in spec.skills.keys() & SKILLS.keys()):
+        return corpora.Corpus(Path(), {})
+    return corpora.load(Path(spec.path) if spec.path else None)
 
 
 class Stream(Iterator[Document]):

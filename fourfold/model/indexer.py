@@ -104,16 +104,16 @@ def index_target(probs: Tensor) -> Tensor:
 
 
 def index_loss(target: Tensor, scores: Tensor, keys: Tensor) -> Tensor:
-    """KL(target || softmax of scores), both over ``keys`` alone, mean per query (DeepSeek-V3.2, section 2.1).
+    """KL(target || softmax of scores), both over ``keys`` alone, summed over queries (DeepSeek-V3.2, section 2.1).
 
     target, scores: [B, L, S]; keys: bool [B, L, S], all visible ones in the warm-up, the selected ones after.
     """
     target = target.masked_fill(~keys, 0)
     target = target / target.sum(-1, keepdim=True).clamp_min(1e-12)
     predicted = scores.masked_fill(~keys, -1e30).log_softmax(-1)
-    return (target * (target.clamp_min(1e-12).log() - predicted)).sum(-1).mean()
+    return (target * (target.clamp_min(1e-12).log() - predicted)).sum()
 
 
 def index_recall(target: Tensor, chosen: Tensor) -> Tensor:
-    """The share of the attention's mass that falls on the chosen keys, mean per query."""
-    return (target.masked_fill(~chosen, 0).sum(-1) / target.sum(-1).clamp_min(1e-12)).mean()
+    """The share of the attention's mass that falls on the chosen keys, summed over queries."""
+    return (target.masked_fill(~chosen, 0).sum(-1) / target.sum(-1).clamp_min(1e-12)).sum()

@@ -144,8 +144,8 @@ class Model(nn.Module):
         return Output(
             logits=self.head(self.norm(hidden)),
             mtp_logits=mtp_logits,
-            index_loss=torch.stack(ctx.index_losses).mean() if ctx.index_losses else None,
-            index_recall=torch.stack(ctx.index_recalls).mean() if ctx.index_recalls else None,
+            index_loss=mean_of_queries(ctx.index_losses, ctx),
+            index_recall=mean_of_queries(ctx.index_recalls, ctx),
             balance_loss=torch.stack(ctx.balance_losses).mean() if ctx.balance_losses else None,
             loads=ctx.loads or None,
             features=torch.cat([collected[layer] for layer in targets], dim=-1) if targets else None,
@@ -184,7 +184,7 @@ class Model(nn.Module):
 
     def _mtp_logits(self, streams: Tensor, ctx: Context) -> Tensor:
         assert self.mtp is not None
-        following = self.embed_tokens(ctx.packed.tokens.roll(-1))
+        following = self.embed_tokens(following_tokens(ctx.packed))
         if self.cfg.mtp.normed_input:
             streams = self.norm(self.collapse(streams, ctx))[:, None].expand_as(streams)
         hidden = self.mtp(streams, following, ctx)
@@ -195,6 +195,20 @@ class Model(nn.Module):
         ids = torch.where(packed.modality == TEXT, packed.tokens, -1).tolist()
         bounds = packed.cu_seqlens.tolist()
         return [ids[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def mean_of_queries(sums: list[Tensor], ctx: Context) -> Tensor | None:
+    """Over all positions and layers, from the sums over the queries of each layer and window."""
+    if not sums:
+        return None
+    return torch.stack(sums).sum() * (len(ctx.windows) / (len(sums) * len(ctx.packed)))
+
+
+def following_tokens(packed: Packed) -> Tensor:
+    """int64 [T]: the next token of the same sequence; its last position sees the first, whatever is packed behind."""
+    following = packed.tokens.roll(-1)
+    following[packed.cu_seqlens[1:] - 1] = packed.tokens[packed.cu_seqlens[:-1]]
+    return following
 
 
 def mtp_targets(packed: Packed) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop: one process, all modalities mixed from the first step.
+"""The training loop: all modalities mixed from the first step, on one process or as many as torchrun starts.
 
 A run directory holds the resolved recipe, ``metrics.jsonl`` (one object a logged step), ``tb/``,
 ``checkpoints/step-N/`` and, when it is done, ``model/`` and ``report.html``. Starting it again resumes from the newest
@@ -7,226 +7,148 @@ checkpoint.
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from fourfold.config import ModelConfig
 from fourfold.data import corpus as corpora
-from fourfold.data.mixture import Mixture
-from fourfold.data.pack import Batches
-from fourfold.data.skills import SKILLS
-from fourfold.fields import require
-from fourfold.model.moe import MoE, update_bias
+from fourfold.data.pack import Lanes, merge
+from fourfold.data.stream import Bad, open_batches, take_bad
 from fourfold.model.probe import Probe
-from fourfold.model.sequence import Packed
-from fourfold.model.transformer import Model, Output, mtp_targets
+from fourfold.model.transformer import Model
 from fourfold.text.tokenizer import Tokenizer, compress_vocabulary, train_tokenizer
-from fourfold.train import metrics, state
-from fourfold.train.optim import SkipStep, answer_weights, build_optimizers, set_lr, weighted_cross_entropy
+from fourfold.train import metrics
+from fourfold.train.optim import SkipStep, build_optimizers, set_lr
+from fourfold.train.parallel import Parallel, parallelize, setup
 from fourfold.train.recipe import Phase, Recipe
 from fourfold.train.report import write_report
-from fourfold.weights.checkpoint import save_model, write_json
+from fourfold.train.state import Checkpoints, TrainState, seed_generators
+from fourfold.train.step import train_step
+from fourfold.weights.checkpoint import load_model, save_model, write_json
+
+log = logging.getLogger(__name__)
 
 
 def train(path: Path, overrides: list[str] | None = None) -> Path:
     """Runs a recipe to its end, or until Ctrl-C or SIGTERM, which save first. Returns the run directory.
 
-    Raises ConfigError or ValueError for a recipe that cannot run, RuntimeError if three steps in a row had to be
-    skipped.
+    Every process that torchrun starts calls it. Raises ConfigError or ValueError for a recipe that cannot run,
+    RuntimeError if three steps in a row had to be skipped.
     """
     recipe = Recipe.load(path, overrides or [])
-    require(recipe.parallel.world_size == 1, "parallel", "dp_replicate and dp_shard must be 1: a run is one process")
-    console = Console(stderr=True)
+    parallel = setup(recipe.parallel)
+    try:
+        return run_recipe(recipe, parallel)
+    finally:
+        parallel.destroy()
+
+
+def run_recipe(recipe: Recipe, parallel: Parallel) -> Path:
+    """``train`` on one of the processes; the first alone tells and writes what is not the state."""
+    console = Console(stderr=True, quiet=not parallel.is_main)
     run = Path(recipe.out)
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "recipe.json", recipe.to_dict())
-    corpus = run_corpus(recipe)
-    tokenizer = run_tokenizer(run, recipe, corpus, console)
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe, tokenizer)
-    optimizers = build_optimizers(model, recipe.optimizer)
-    guard = SkipStep(recipe.optimizer.skip_sigma)
+    if parallel.is_main:
+        write_json(run / "recipe.json", recipe.to_dict())
+    tokenizer = run_tokenizer(run, recipe, console, parallel)
+    seed_generators(recipe.seed)
+    model = build_model(recipe, tokenizer).to(parallel.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    parallelize(model, parallel, bf16=recipe.bf16, recompute=recipe.recompute)
+    guard, parts = SkipStep(recipe.optimizer.skip_sigma), recipe.optimizer.accumulate
+    now = TrainState(model, build_optimizers(model, recipe.optimizer))
 
-    def mixture(weights: dict[str, float]) -> Mixture:
-        return Mixture(weights, corpus, tokenizer, model.cfg.media, seed=recipe.seed)
+    def stream(step: int) -> Lanes:
+        media, rows = model.cfg.media, recipe.rows * parts
+        place = parallel.rank, parallel.world, parts
+        return open_batches(recipe.sources_at(step), tokenizer, media, recipe.row, rows, recipe.seed, *place)
 
-    def stream(step: int, position: dict[str, Any]) -> Batches:
-        batches = Batches(mixture(recipe.weights_at(step)), recipe.row, recipe.rows)
-        batches.restore(position)
-        return batches
-
-    for phase in recipe.phases:  # a fault in a later one need not wait for its turn
-        mixture(phase.weights or recipe.weights)
-    step, position = 0, {"next": 0, "held": []}
-    if done := state.checkpoints(run):
-        step, position = state.restore(done[-1], model, optimizers)
-        guard.restore(position.pop("guard", guard.state()))
-        console.print(f"resuming {run} after step {step}")
-    batches = stream(max(step - 1, 0), position)
-    parameters, parts = sum(p.numel() for p in model.parameters()), recipe.optimizer.accumulate
+    for step in recipe.changes:  # a fault in a later one need not wait for its turn
+        stream(step)
+    saves = Checkpoints(run, recipe.keep, tokenizer)
+    if saves.resume(now) is not None:
+        guard.restore(now.data["guard"])
+        console.print(f"resuming {run} after step {now.step}")
+    batches = stream(max(now.step - 1, 0))
+    if now.step:
+        batches.restore(now.data["stream"])
     console.print(f"{parameters:,} parameters, {recipe.steps} steps of {recipe.row * recipe.rows * parts} positions")
-    peak = recipe.peak_flops or metrics.measured_peak(next(model.parameters()).device, recipe.bf16)
-    console.print(f"MFU against {peak:.3g} FLOP/s ({'assumed' if recipe.peak_flops else 'measured'})")
+    peak = recipe.peak_flops or metrics.measured_peak(parallel.device, recipe.bf16)
+    console.print(f"MFU against {peak:.3g} FLOP/s a process ({'assumed' if recipe.peak_flops else 'measured'})")
     speed = metrics.Throughput(peak)
-
-    def checkpoint() -> None:
-        state.save(run, step, model, tokenizer, optimizers, batches.state() | {"guard": guard.state()}, recipe.keep)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with (
         Interruption() as interrupted,
-        metrics.Metrics(run, step) as log,
+        metrics.Metrics(run, now.step) if parallel.is_main else nullcontext() as lines,
         Progress(
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=1
         ) as progress,
     ):
-        task = progress.add_task("training", total=recipe.steps, completed=step)
-        while step < recipe.steps:
-            phase, skipped = recipe.phase(step), guard.skipped
-            if step and recipe.weights_at(step) != recipe.weights_at(step - 1):  # what still waits is left out
-                batches = stream(step, {"next": batches.next, "held": []})
+        task = progress.add_task("training", total=recipe.steps, completed=now.step)
+        while now.step < recipe.steps:
+            step, phase, skipped = now.step, recipe.phase(now.step), guard.skipped
+            if step and step in recipe.changes:  # what still waits is left out
+                place = merge(parallel.gather(batches.state(held=False)))
+                batches = stream(step)
+                batches.restore(place)
             if step and phase is not recipe.phase(step - 1):
                 guard.forget()
-            set_lr(optimizers, recipe.optimizer.lr_scale(step, recipe.steps))
-            step += 1
+            set_lr(now.optimizers, recipe.optimizer.lr_scale(step, recipe.steps))
+            now.step = step = step + 1
             due = step % recipe.log_every == 0 or step == recipe.steps
             began = time.perf_counter()
-            packed = [next(batches) for _ in range(parts)]
-            values = train_step(model, optimizers, packed, recipe, phase, Probe() if due else None, guard, step)
+            packed = [next(batches).to(parallel.device) for _ in range(parts)]
+            probe = Probe() if due else None
+            values = train_step(model, now.optimizers, packed, recipe, phase, probe, guard, step, parallel)
             speed.add(packed, time.perf_counter() - began)
+            now.tokens += int(values["positions"])
+            stop, bad = parallel.sum(bool(interrupted.by), name_bad(take_bad(batches)))
+            now.counters["bad_samples"] = now.counters.get("bad_samples", 0) + int(bad)
             if guard.skipped > skipped:
                 console.print(f"step {step} skipped: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}")
-            if due or guard.skipped > skipped:
-                values |= {"positions": sum(map(len, packed)), "lr": optimizers[0].param_groups[0]["lr"]}
-                log.write(step, values | speed.read(trained_config(model, phase)))
+            if lines is not None and (due or guard.skipped > skipped):
+                values |= {"tokens": now.tokens, "lr": now.optimizers[0].param_groups[0]["lr"], **now.counters}
+                lines.write(step, values | speed.read(trained_config(model, phase), parallel.world))
                 progress.update(task, description=f"loss {values['loss']:.3f}")
             progress.update(task, completed=step)
-            if interrupted.by or step % recipe.save_every == 0 or step == recipe.steps:
-                checkpoint()
-            if interrupted.by:
-                console.print(f"{interrupted.by}: saved step {step}; run the same command to go on")
+            if stop or step % recipe.save_every == 0 or step == recipe.steps:
+                now.data = {"stream": merge(parallel.gather(batches.state())), "guard": guard.state()}
+                saves.save(now)
+            if stop:
+                saves.wait()
+                console.print(f"{interrupted.by or 'stopped'}: saved step {step}; run the same command to go on")
                 return run
-    model.set_indexer_mode(recipe.phases[-1].indexer)  # also where nothing was left to do
+        saves.wait()
+    if parallel.is_main:
+        finish(run, recipe, console)
+    parallel.barrier()
+    return run
+
+
+def finish(run: Path, recipe: Recipe, console: Console) -> None:
+    """The model of the last checkpoint, for use, and the report."""
+    model, tokenizer = load_model(run / "checkpoints" / f"step-{recipe.steps}" / "model", torch.float32)
+    model.set_indexer_mode(recipe.phases[-1].indexer)
     save_model(run / "model", model.eval(), tokenizer, torch.bfloat16)
     console.print(f"done: {run / 'model'}")
     if metrics.read_metrics(run):
         console.print(f"report: {write_report(run)}")
-    return run
 
 
-def train_step(
-    model: Model,
-    optimizers: list[torch.optim.Optimizer],
-    packed: Packed | Sequence[Packed],
-    recipe: Recipe,
-    phase: Phase,
-    probe: Probe | None = None,
-    guard: SkipStep | None = None,
-    step: int = 0,
-) -> dict[str, float]:
-    """One optimizer step over a batch, or over micro-batches that stand for one. Returns what there is to log.
-
-    Without a ``guard`` only what is not finite is skipped. Raises RuntimeError as ``SkipStep`` does.
-    """
-    parts = [packed] if isinstance(packed, Packed) else packed
-    guard = guard or SkipStep(recipe.optimizer.skip_sigma)
-    model.train()
-    model.set_indexer_mode(phase.indexer)
-    totals, objective = Totals.of(parts), 0.0
-    values: dict[str, float] = defaultdict(float)
-    modalities, loads = torch.zeros(()), {}
-    with metrics.router_entropy(model, values) if probe is not None else nullcontext():
-        for number, part in enumerate(parts):
-            with torch.autocast(part.tokens.device.type, dtype=torch.bfloat16, enabled=recipe.bf16):
-                output = model(
-                    part,
-                    probe=probe if number == 0 else None,
-                    logits="target",
-                    mtp=phase.mtp > 0,
-                    balance=recipe.balance_weight > 0,
-                )
-                loss, found, losses = total_loss(output, part, totals, recipe, phase, model.cfg)
-            if loss.requires_grad:
-                loss.backward()
-            objective += float(loss.detach())
-            for name, value in found.items():
-                values[name] += value
-            for name, load in (output.loads or {}).items():
-                loads[name] = loads[name] + load if name in loads else load
-            if probe is not None:
-                modalities = modalities + metrics.modality_sums(losses, part)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip))
-    taken = guard.takes(step, objective, norm)
-    for optimizer in optimizers:
-        if taken:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    for name, load in loads.items():
-        module = model.get_submodule(name)
-        assert isinstance(module, MoE)
-        if taken and model.cfg.indexer.mode != "warmup":
-            update_bias(module.gate, load, model.cfg.moe.bias_update_speed)
-    values |= {"grad_norm": norm, "skipped": guard.skipped} | metrics.expert_balance(loads)
-    if probe is not None:
-        values |= metrics.modality_losses(modalities) | metrics.bias_range(model) | metrics.stream_gain(probe)
-    return dict(values)
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What the sums of a step are divided by, over all its micro-batches, so that cutting a batch changes nothing."""
-
-    weights: Tensor
-    targets: int
-    mtp_weights: Tensor
-    mtp_targets: int
-    positions: int
-
-    @staticmethod
-    def of(parts: Sequence[Packed]) -> Totals:
-        def weigh(targets: list[Tensor]) -> tuple[Tensor, int]:
-            weights = torch.cat([answer_weights(part, t) for part, t in zip(parts, targets, strict=True)])
-            return weights.sum(), len(weights)
-
-        own, further = weigh([part.targets for part in parts]), weigh([mtp_targets(part) for part in parts])
-        return Totals(*own, *further, sum(map(len, parts)))
-
-
-def total_loss(
-    output: Output, packed: Packed, totals: Totals, recipe: Recipe, phase: Phase, cfg: ModelConfig
-) -> tuple[Tensor, dict[str, float], Tensor]:
-    """This micro-batch's share of what is minimised in this phase and of its parts by name; the nats of each target.
-
-    In the warm-up of the indexer nothing else learns. Means over positions count by how many positions there are.
-    """
-    loss, losses = weighted_cross_entropy(output.logits, packed, packed.targets, totals.weights)
-    share, warmup = len(packed) / totals.positions, cfg.indexer.mode == "warmup"
-    values = {"loss": float(losses.sum()) / max(1, totals.targets)}
-    loss = loss.new_zeros(()) if warmup else loss
-    if output.index_loss is not None:
-        values["index_kl"] = float(output.index_loss.detach()) * share
-        loss = loss + output.index_loss * share
-    if output.index_recall is not None:
-        values["index_recall"] = float(output.index_recall) * share
-    if warmup:
-        return loss, values, losses
-    if output.balance_loss is not None:
-        loss = loss + recipe.balance_weight * output.balance_loss * share
-    if output.mtp_logits is not None:
-        extra, each = weighted_cross_entropy(output.mtp_logits, packed, mtp_targets(packed), totals.mtp_weights)
-        loss, values["mtp_loss"] = loss + phase.mtp * extra, float(each.sum()) / max(1, totals.mtp_targets)
-    return loss, values, losses
+def name_bad(samples: list[Bad]) -> int:
+    """Tells which samples were left out, on whichever process it was. Returns how many."""
+    for bad in samples:
+        log.warning("left out %s, %s, sample %d: %s", bad.source, bad.shard, bad.index, bad.reason)
+    return len(samples)
 
 
 def trained_config(model: Model, phase: Phase) -> ModelConfig | None:
@@ -236,22 +158,16 @@ def trained_config(model: Model, phase: Phase) -> ModelConfig | None:
     return model.cfg if phase.mtp > 0 else model.cfg.replace(**{"mtp.num_layers": 0})
 
 
-def run_corpus(recipe: Recipe) -> corpora.Corpus:
-    """The built corpus; an empty one for a recipe that names its tokenizer and draws from generated skills alone."""
-    drawn = {name for weights in (recipe.weights, *(p.weights for p in recipe.phases)) for name in weights}
-    if recipe.tokenizer and not recipe.corpus and not any(SKILLS[name].shards for name in drawn & SKILLS.keys()):
-        return corpora.Corpus(Path(), {})
-    return corpora.load(Path(recipe.corpus) if recipe.corpus else None)
-
-
-def run_tokenizer(run: Path, recipe: Recipe, corpus: corpora.Corpus, console: Console) -> Tokenizer:
+def run_tokenizer(run: Path, recipe: Recipe, console: Console, parallel: Parallel) -> Tokenizer:
     """The recipe's tokenizer, or one trained on the corpus once and kept in the run directory."""
     path = Path(recipe.tokenizer) if recipe.tokenizer else run / "tokenizer.json"
-    if not path.is_file():
-        if recipe.tokenizer:
-            raise ValueError(f"tokenizer: {path} is not a file")
+    if recipe.tokenizer and not path.is_file():
+        raise ValueError(f"tokenizer: {path} is not a file")
+    if parallel.is_main and not path.is_file():
         console.print("training the tokenizer")
+        corpus = corpora.load(Path(recipe.corpus) if recipe.corpus else None)
         train_tokenizer(corpus.texts("train"), recipe.config().vocab_size).save(path)
+    parallel.barrier()
     return Tokenizer.load(path)
 
 

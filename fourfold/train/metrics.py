@@ -168,10 +168,14 @@ class Throughput:
         self.positions += int(lengths.sum())
         self.squares += int(lengths.square().sum())
 
-    def read(self, cfg: ModelConfig | None) -> dict[str, float]:
-        """The values since the last call. cfg: as it was trained; None where the step was no usual one."""
+    def read(self, cfg: ModelConfig | None, world: int = 1) -> dict[str, float]:
+        """The values since the last call. cfg: as it was trained; None where the step was no usual one.
+
+        world: processes, each taken to do as much; tokens/s are those of all.
+        """
         rate = self.positions / self.seconds
-        values = {"seconds": self.seconds / self.steps, "tokens_per_second": rate, "peak_memory": peak_memory()}
+        values = {"seconds": self.seconds / self.steps, "tokens_per_second": rate * world}
+        values["peak_memory"] = peak_memory()
         if cfg is not None:
             context = round(self.squares / self.positions)  # of the sequence that the mean position lies in
             values |= {"mfu": training_flops(cfg, context) * rate / self.peak, "peak_flops": self.peak}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,12 +58,14 @@ class Muon(torch.optim.Optimizer):
 def update(g: Tensor, split: int) -> Tensor:
     """The step along g [..., rows, cols], each of its ``split`` matrices orthogonal, of root mean square 0.18.
 
-    One that is sharded is put together first, for a shard of a matrix says nothing of its singular values.
+    Where each process holds whole matrices, of a stack of experts or of the heads, it treats its own. Others are put
+    together first, for a shard of a matrix says nothing of its singular values.
     """
     if isinstance(g, DTensor):
         mesh, placements = g.device_mesh, g.placements
-        if all(place.is_replicate() or place.is_shard() and place.dim < g.ndim - 2 for place in placements):
-            kept = update(g.to_local(), split)  # whole matrices of a stack
+        pieces = math.prod(n for n, place in zip(mesh.shape, placements, strict=True) if place.is_shard(g.ndim - 2))
+        if split % pieces == 0 and not any(place.is_partial() or place.is_shard(g.ndim - 1) for place in placements):
+            kept = update(g.to_local(), split // pieces)
             return DTensor.from_local(kept, mesh, placements, run_check=False, shape=g.shape, stride=g.stride())
         whole = DTensor.from_local(update(g.full_tensor(), split), mesh, [Replicate()] * mesh.ndim, run_check=False)
         return whole.redistribute(mesh, placements)

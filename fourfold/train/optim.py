@@ -15,6 +15,7 @@ from fourfold.model.sequence import IGNORE, Packed
 from fourfold.model.transformer import Model
 from fourfold.train.muon import Muon
 from fourfold.train.recipe import Optimizer
+from fourfold.train.tables import RowAdam, sparse_tables
 
 # Which parameter learns how: the first pattern that fits its name. ``split``: the field of ``AttentionConfig`` that
 # says how many matrices its rows are, which Muon treats one by one (queries and keys by head, DeepSeek-V4.1; the output
@@ -66,8 +67,8 @@ def rule(name: str) -> tuple[str, str]:
 
 
 def build_optimizers(model: Model, cfg: Optimizer) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices of the hidden layers, as ``RULES`` says: the tables learn faster and do not
-    decay, the indexers have a rate of their own.
+    """AdamW, Muon for the matrices of the hidden layers and a row-sparse Adam for the tables, as ``RULES`` says: the
+    tables learn faster and do not decay, the indexers have a rate of their own. Comes after ``parallelize``.
 
     Each group remembers its own peak as ``peak_lr``.
     """
@@ -77,19 +78,23 @@ def build_optimizers(model: Model, cfg: Optimizer) -> list[torch.optim.Optimizer
     for name, parameter in model.named_parameters():
         group, split = rule(name)
         groups.setdefault((group, getattr(model.cfg.attention, split) if split else 1), []).append(parameter)
-    rates = {"tables": cfg.lr * cfg.engram_lr_scale, "indexers": cfg.indexer_lr}
+    rates = {"indexers": cfg.indexer_lr}
     settings: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
     for (group, parts), members in groups.items():
-        decay = 0.0 if group in ("vectors", "tables") else cfg.weight_decay
+        decay = 0.0 if group == "vectors" else cfg.weight_decay
         values = {"params": members, "lr": rates.get(group, cfg.lr), "weight_decay": decay}
         if group == "matrices" and cfg.kind == "muon":
             settings["muon"].append(values | {"split": parts})
+        elif group == "tables":
+            continue
         elif members:
             settings["adamw"].append(values)
     betas = (cfg.betas[0], cfg.betas[1])
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(settings["adamw"], lr=cfg.lr, betas=betas, eps=1e-10, fused=True)
     ]
+    if tables := sparse_tables(model):
+        optimizers.append(RowAdam(tables, cfg.lr * cfg.engram_lr_scale, betas))
     if settings["muon"]:
         optimizers.append(Muon(settings["muon"], cfg.lr))
     for optimizer in optimizers:

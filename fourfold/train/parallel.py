@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,24 +24,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from fourfold.fields import ConfigError
+from fourfold.model.context import Context
 from fourfold.model.embedders import MediaEmbedder
 from fourfold.model.indexer import Indexer
 from fourfold.model.moe import Router
 from fourfold.model.residual import HyperConnection
 from fourfold.model.transformer import Model
 from fourfold.train.experts import spread_experts
+from fourfold.train.recipe import Parallel as Sizes
 from fourfold.train.recompute import recompute_blocks
 from fourfold.train.tables import local, row_leaf, spread_tables
 
 FLOAT32_ISLANDS = (Router, HyperConnection, Indexer)  # compute in float32; their weights must not be rounded either
-
-
-class Sizes(Protocol):
-    """``[parallel]`` of a recipe."""
-
-    dp_replicate: int
-    dp_shard: int
-    ep: int
 
 
 @dataclass(frozen=True)
@@ -69,8 +63,16 @@ class Parallel:
             dist.all_reduce(x)
         return x
 
-    def all_reduce_mean(self, x: Tensor) -> Tensor:
-        return self.all_reduce_sum(x) / self.world
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number, summed over all processes."""
+        return self.all_reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gave, in their order."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def share(self, total: Tensor, weight: Tensor) -> Tensor:
         """This process's part of the mean over all: ``total``, a weighted sum here, over the sum of all weights.
@@ -120,6 +122,9 @@ class Parallel:
     def destroy(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+ALONE = Parallel(rank=0, world=1, device=torch.device("cpu"))
 
 
 def setup(sizes: Sizes) -> Parallel:
@@ -204,16 +209,31 @@ def parallelize(model: Model, parallel: Parallel, *, bf16: bool = False, recompu
 
 
 def pass_as_is(module: nn.Module) -> None:
-    """Hands dataclasses through FSDP's hooks untouched: they put copies in their place, and blocks write to theirs."""
+    """Hands dataclasses through FSDP's hooks untouched: they put copies in their place, and blocks write to theirs.
+
+    FSDP gathers a block's weights again when a gradient arrives at what the block returned. The losses of its indexer
+    leave it by way of the context, so they are returned as well, as far as the hooks can see.
+    """
     forward = module.forward
 
     def hide(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(_Opaque(x) if is_dataclass(x) else x for x in inputs)
 
     def reveal(*inputs: Any) -> Any:
-        return forward(*(x.value if isinstance(x, _Opaque) else x for x in inputs))
+        revealed = [x.value if isinstance(x, _Opaque) else x for x in inputs]
+        before = [len(x.index_losses) if isinstance(x, Context) else 0 for x in revealed]
+        out = forward(*revealed)
+        return out, [x.index_losses[n:] for x, n in zip(revealed, before, strict=True) if isinstance(x, Context)]
+
+    def take_losses(_: nn.Module, inputs: tuple[Any, ...], returned: tuple[Any, list[list[Tensor]]]) -> Any:
+        out, losses = returned
+        contexts = [x.value for x in inputs if isinstance(x, _Opaque) and isinstance(x.value, Context)]
+        for ctx, own in zip(contexts, losses, strict=True):
+            ctx.index_losses[len(ctx.index_losses) - len(own) :] = own
+        return out
 
     module.register_forward_pre_hook(hide, prepend=True)
+    module.register_forward_hook(take_losses)
     module.forward = reveal
 
 

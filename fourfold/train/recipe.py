@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fourfold.config import ModelConfig
+from fourfold.data.stream import SourceSpec
 from fourfold.fields import ConfigError, choose, from_dict, parse_override, require
 
 # ---------------------------------------------------------------- schedules: what the peak rate is multiplied by
@@ -45,7 +47,7 @@ SCHEDULES = {"linear": linear, "wsd": wsd, "cosine": cosine}
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the run. ``indexer``: its mode (``IndexerConfig``); ``mtp``: weight of the MTP loss;
-    ``weights``: the mixture from here on (empty: as before)."""
+    ``weights``: the mixture from here on, skills or names of sources (empty: as before)."""
 
     steps: int
     indexer: str = "dense"
@@ -125,11 +127,13 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``model``: dotted overrides of the preset; ``weights``: skill -> share of documents (data.mixture)."""
+    """``model``: dotted overrides of the preset. What is learnt from: ``weights``, skill -> share of documents
+    (data.mixture), or ``sources`` (data.stream). ``recompute``: blocks keep no activations for the backward pass."""
 
     out: str
     phases: tuple[Phase, ...]
-    weights: dict[str, float]
+    weights: dict[str, float] = field(default_factory=dict)
+    sources: tuple[SourceSpec, ...] = ()
     preset: str = "nano"
     model: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""  # directory of the built data; empty: the default place
@@ -138,6 +142,7 @@ class Recipe:
     row: int = 512
     rows: int = 8
     bf16: bool = True
+    recompute: bool = False
     balance_weight: float = 0.0  # of the sequence-wise balance loss
     log_every: int = 10
     save_every: int = 200
@@ -153,6 +158,11 @@ class Recipe:
         if not self.phases:
             raise ConfigError("phases: there must be at least one")
         require(self.peak_flops >= 0, "peak_flops", "must be >= 0")
+        require(bool(self.weights) != bool(self.sources), "weights", "give either weights of skills or [[sources]]")
+        names = {source.label for source in self.sources}
+        for phase in self.phases:
+            unknown = phase.weights.keys() - names if self.sources else ()
+            require(not unknown, "phases.weights", f"{', '.join(sorted(unknown))} is no source of this recipe")
 
     @property
     def steps(self) -> int:
@@ -165,14 +175,26 @@ class Recipe:
             step -= phase.steps
         return self.phases[-1]
 
-    def weights_at(self, step: int) -> dict[str, float]:
-        """The mixture that ``step`` draws from."""
-        current, begins = self.weights, 0
+    @cached_property
+    def changes(self) -> dict[int, tuple[SourceSpec, ...]]:
+        """What is read from each step on at which that changes, beginning with 0."""
+        begins, found = 0, {0: self._sources(self.weights)}
         for phase in self.phases:
-            if step < begins:
-                break
-            current, begins = phase.weights or current, begins + phase.steps
-        return current
+            if phase.steps and phase.weights:
+                found[begins] = self._sources(phase.weights)
+            begins += phase.steps
+        return found
+
+    def sources_at(self, step: int) -> tuple[SourceSpec, ...]:
+        """What ``step`` reads."""
+        return self.changes[max(begin for begin in self.changes if begin <= step)]
+
+    def _sources(self, weights: dict[str, float]) -> tuple[SourceSpec, ...]:
+        if not self.sources:
+            return (SourceSpec("skills", self.corpus, name="skills", skills=weights),)
+        if not weights:
+            return self.sources
+        return tuple(replace(source, weight=weights.get(source.label, 0.0)) for source in self.sources)
 
     def config(self) -> ModelConfig:
         """The model's. TOML has no null, so media are switched off by ``model.media.image = "off"``."""

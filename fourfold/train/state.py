@@ -281,29 +281,6 @@ def load(path: Path, state: TrainState, group: dist.ProcessGroup | None = None) 
     state.load_state_dict({"progress": progress, "tensors": tensors})
 
 
-def save(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    optimizers: list[Optimizer],
-    data: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes ``step-N`` after ``step`` steps, without generators, and removes all but the newest ``keep``."""
-    saves = Checkpoints(run, keep, tokenizer)
-    path = saves.save(TrainState(model, optimizers, step, data=data, rng=False))
-    saves.wait()
-    return path
-
-
-def restore(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> tuple[int, dict[str, Any]]:
-    """Loads a checkpoint into model and optimizers. Returns the steps done and the state of the data stream."""
-    state = TrainState(model, optimizers, rng=False)
-    load(path, state)
-    return state.step, state.data
-
-
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

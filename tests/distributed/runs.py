@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from fourfold.model.sequence import IGNORE, Packed, pack
 from fourfold.model.transformer import Model, mtp_targets
-from fourfold.train.optim import answer_weights
+from fourfold.train.optim import answer_weights, build_optimizers
 from fourfold.train.parallel import Parallel, gather_state, parallelize, setup
+from fourfold.train.recipe import Optimizer
 from fourfold.train.tables import RowAdam, row_leaf, sparse_tables
 from tests.model import tiny
 
@@ -49,7 +50,7 @@ ROW, ROWS = 24, 4
 
 @dataclass(frozen=True)
 class Case:
-    """``steps`` with ``optimizer`` (sgd, adamw), clipped to ``clip``; the rest is ``[parallel]`` and parallelize's."""
+    """``steps`` with ``optimizer`` (sgd, adamw, muon), clipped to ``clip``; the rest is that of ``[parallel]``."""
 
     name: str
     dp_replicate: int = 1
@@ -81,6 +82,7 @@ CASES = {
         Case("fsdp-sgd", dp_shard=2, optimizer="sgd", steps=8),
         Case("ep", dp_shard=2, ep=2),
         Case("ep-sgd", dp_shard=2, ep=2, optimizer="sgd", steps=8),
+        Case("ep-muon", dp_shard=2, ep=2, optimizer="muon", steps=2),
         Case("replicate", dp_replicate=2, ep=2, steps=4),
         Case("recompute", dp_shard=2, ep=2, recompute=True, steps=2),
         Case("recompute-bf16", dp_shard=2, recompute=True, bf16=True, steps=2),
@@ -100,7 +102,6 @@ def batch(cfg: Any, step: int, rank: int, world: int) -> Packed:
         seed = 100 * step + 10 * row
         first = tiny.document(cfg, ROW // 2, seed) if row == 0 else tiny.text(ROW // 2, seed)
         second = tiny.text(ROW // 2, seed + 1)
-        first.tokens[0] = second.tokens[0] = 0  # as every document begins: what follows the last of a batch is the same
         second.targets[: 2 * row] = IGNORE
         documents += [first, second]
     return pack(documents, row=ROW)
@@ -149,6 +150,8 @@ def objective(output: Any, packed: Packed, parallel: Parallel) -> Tensor:
 def make_optimizers(model: Model, kind: str) -> list[torch.optim.Optimizer]:
     if kind == "sgd":
         return [torch.optim.SGD(model.parameters(), lr=0.3)]
+    if kind == "muon":
+        return build_optimizers(model, Optimizer(kind="muon", lr=1e-3))
     tables = sparse_tables(model)
     rest = [p for p in model.parameters() if all(p is not table for table in tables)]
     return [torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95), eps=1e-6, fused=True), RowAdam(tables, lr=5e-3)]
@@ -182,10 +185,21 @@ def launch(jobs: dict[int, list[str]], folder: Path) -> dict[str, Seen]:
     }
 
 
-def work(rank: int, world: int, port: int, names: list[str], out: Path) -> None:
-    """One process of a job, in the environment that torchrun would give it."""
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def join(rank: int, world: int, port: int) -> None:
+    """Gives this process the environment that torchrun would give it."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
+
+
+def work(rank: int, world: int, port: int, names: list[str], out: Path) -> None:
+    """One process of a job."""
+    join(rank, world, port)
     seen = {name: train(CASES[name]) for name in names}
     parallel = setup(CASES[names[0]])
     if parallel.is_main:
@@ -200,10 +214,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in jobs:
         world, names = job.split(":")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        arguments = (int(world), port, names.split(","), Path(folder) / f"{world}.pt")
+        arguments = (int(world), free_port(), names.split(","), Path(folder) / f"{world}.pt")
         torch.multiprocessing.start_processes(work, arguments, nprocs=int(world), start_method="fork")
 
 

@@ -57,7 +57,7 @@ def test_islands_stay_float32(how, monkeypatch):
     watch(engram_module, "engram_gate", slice(None))
     watch(ops, "index_scores", slice(None))
     watch(ops, "select_topk", slice(None))
-    watch(ops, "attention_probs", slice(0))  # what leaves it
+    watch(ops, "attention_mass", slice(0))  # what leaves it
     watch(ops, "hyper_maps", slice(0))
     made = tiny.model(CFG)
     made = made.train() if how == "autocast" else made.bfloat16().train()

@@ -7,7 +7,7 @@ import torch
 
 from fourfold.model.sequence import pack
 from fourfold.model.transformer import Model
-from tests.model import plain, tiny
+from tests.model import plain, tiny, v41
 
 EVERYTHING = {
     "attention.q_lora_rank": 10,
@@ -16,6 +16,7 @@ EVERYTHING = {
     "indexer.topk": 4,
     "moe.n_routed_experts": 8,
     "residual.kind": "mhc",
+    "residual.hc_mult": 3,
     "engram.layer_ids": [0, 1],
     "engram.vocab_size": 101,
     "mtp.num_layers": 1,
@@ -30,16 +31,22 @@ OFF = {
     "media": ({"media.image": None, "media.video": None, "media.audio": None}, ("media",)),
 }
 
+V41_OFF = {"drafter": {"drafter.num_layers": 0}, "vision": {"media.vision": None}}
+
 
 def all_off() -> dict[str, object]:
+    """The switches alone: what else is said of an innovation stays, and must not matter."""
     return {key: value for overrides, _ in OFF.values() for key, value in overrides.items()}
 
 
+ATTENTION = [{"attention.kind": "gqa"}, {"attention.q_lora_rank": 0}, {"attention.q_lora_rank": 10}]
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("attention", [{"attention.kind": "gqa"}, {}, {"attention.q_lora_rank": 10}], ids=str)
+@pytest.mark.parametrize("attention", ATTENTION, ids=str)
 def test_with_everything_off_the_plain_transformer_is_left_to_the_bit(attention, backend, monkeypatch):
     monkeypatch.setenv("FOURFOLD_BACKEND", backend)
-    made = tiny.model(tiny.config(**all_off() | attention))
+    made = tiny.model(tiny.config(**EVERYTHING | all_off() | attention))
     weights = dict(made.state_dict())
     for n in (1, 2, 7, 33):
         document = tiny.text(n, seed=n)
@@ -105,6 +112,15 @@ def test_what_is_not_used_changes_no_bit(innovation):
     """A model that can guess ahead or read media treats text as one that cannot."""
     made = tiny.model(tiny.config(**EVERYTHING))
     off = transplant(made, OFF[innovation][0])
+    assert torch.equal(tiny.logits(made, tiny.text(30)), tiny.logits(off, tiny.text(30)))
+
+
+@pytest.mark.parametrize("innovation", V41_OFF)
+def test_what_is_not_used_changes_no_bit_of_a_v41(innovation):
+    made = tiny.model(v41.config())
+    off = transplant(made, V41_OFF[innovation])
+    gone = set(made.state_dict()) - set(off.state_dict())
+    assert gone and all(name.startswith("drafter.") or "media" in name for name in gone)
     assert torch.equal(tiny.logits(made, tiny.text(30)), tiny.logits(off, tiny.text(30)))
 
 

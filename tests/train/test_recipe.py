@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fourfold.data.stream import SourceSpec
 from fourfold.fields import ConfigError
 from fourfold.train.loop import train
 from fourfold.train.recipe import SCHEDULES, Optimizer, Parallel, Phase, Recipe
@@ -102,8 +103,20 @@ def test_a_mixture_holds_until_the_next():
     a, b, c = {"arithmetic": 1.0}, {"shapes": 1.0}, {"tones": 1.0}
     phases = (Phase(2), Phase(2, weights=b), Phase(1), Phase(2, weights=c))
     recipe = made(phases=phases, weights=a)
-    assert [recipe.weights_at(step) for step in range(7)] == [a, a, b, b, b, c, c]
-    assert made(phases=(Phase(1, weights=b),), weights=a).weights_at(0) == b
+    assert [recipe.sources_at(step)[0].skills for step in range(7)] == [a, a, b, b, b, c, c]
+    assert list(recipe.changes) == [0, 2, 5]
+    assert made(phases=(Phase(1, weights=b),), weights=a).sources_at(0)[0].skills == b
+
+
+def test_phases_weigh_the_sources():
+    sources = (SourceSpec("jsonl", "a", name="a"), SourceSpec("jsonl", "b", name="b", weight=3.0))
+    recipe = made(weights={}, sources=sources, phases=(Phase(1), Phase(1, weights={"a": 2.0})))
+    assert [[source.weight for source in recipe.sources_at(step)] for step in (0, 1)] == [[1.0, 3.0], [2.0, 0.0]]
+    with pytest.raises(ConfigError, match="phases.weights: c is no source"):
+        made(weights={}, sources=sources, phases=(Phase(1, weights={"c": 1.0}),))
+    for both in ({"sources": sources}, {"weights": {}}):
+        with pytest.raises(ConfigError, match="weights: give either"):
+            made(**both)
 
 
 def test_a_recipe_becomes_plain_data():
