@@ -41,9 +41,9 @@ train-nano: $(VENV)/.dev ## build the data and train the bundled model again fro
 	@$(BIN)/fourfold data build smoke
 	@$(BIN)/fourfold train recipes/nano.toml
 
-bench: $(VENV)/.dev ## run every benchmark but the largest (bench/loading.py); results under bench/results
+bench: $(VENV)/.dev ## run every benchmark but the longest (bench/loading.py, bench/soak.py); results under bench/results
 	@for script in bench/[a-z]*.py; do \
-		case $$script in bench/study_*|bench/loading.py) continue ;; esac; \
+		case $$script in bench/study_*|bench/loading.py|bench/soak.py) continue ;; esac; \
 		echo "bench: $$script"; \
 		$(BIN)/python $$script --json bench/results/$$(basename $$script .py).json || exit 1; \
 	done
@@ -62,7 +62,7 @@ clean: ## remove the virtual environment
 
 # A stamp is written last, so a broken set-up starts again and a finished one costs nothing.
 
-$(VENV)/.base: pyproject.toml
+$(VENV)/.base: pyproject.toml hatch_build.py $(wildcard fourfold/ops/cpu/native/*.cpp fourfold/ops/cpu/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: needs Python 3.11 or newer, found " + sys.version.split()[0])'
 	@echo "setup: virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --without-pip $(VENV)

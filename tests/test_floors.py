@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fourfold"
 SOURCES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
 MAX_LINES = 500
+COMPILER = PACKAGE / "ops/cpu/native/build.py"  # starts one while the package is installed, and only then
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -102,7 +103,7 @@ def test_what_a_server_runs_opens_no_connection(floor):
     for path in (PACKAGE / floor).rglob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         assert not roots & {"urllib", "requests", "httpx", "aiohttp", "ftplib"}, path
-        assert "subprocess" not in roots, path
+        assert "subprocess" not in roots or path == COMPILER, path
 
 
 @pytest.mark.parametrize("floor", ["model", "ops"])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.compressor import Compressor, gather_entries, visible_entries
-from fourfold.model.context import Context, Selection, Window
-from fourfold.model.indexer import EntryIndexer, index_loss, index_recall, index_target
+from fourfold.model.context import Context, Selection, Window, join
+from fourfold.model.indexer import EntryIndexer, index_loss, index_recall
+from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
 
 
@@ -28,13 +29,13 @@ class SharedKVAttention(nn.Module):
         self.ratio = a.compress_ratios[layer] if layer < len(a.compress_ratios) else 0
         self.heads, self.scale = a.num_attention_heads, a.head_dim**-0.5
         per_group = self.heads * a.head_dim // a.o_groups
-        self.q_a_proj = nn.Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
+        self.q_a_proj = Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
         self.q_a_layernorm = RMSNorm(a.q_lora_rank, cfg.rms_norm_eps)
-        self.q_b_proj = nn.Linear(a.q_lora_rank, self.heads * a.head_dim, bias=False)
-        self.kv_proj = nn.Linear(cfg.hidden_size, a.head_dim, bias=False)
+        self.q_b_proj = Linear(a.q_lora_rank, self.heads * a.head_dim, bias=False)
+        self.kv_proj = Linear(cfg.hidden_size, a.head_dim, bias=False)
         self.kv_layernorm = RMSNorm(a.head_dim, cfg.rms_norm_eps)
-        self.o_a_proj = nn.Linear(per_group, a.o_groups * a.o_lora_rank, bias=False)
-        self.o_b_proj = nn.Linear(a.o_groups * a.o_lora_rank, cfg.hidden_size, bias=False)
+        self.o_a_proj = Linear(per_group, a.o_groups * a.o_lora_rank, bias=False)
+        self.o_b_proj = Linear(a.o_groups * a.o_lora_rank, cfg.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.zeros(self.heads))
 
     def window_keys(self, kv: Tensor, window: Window, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ class SharedKVAttention(nn.Module):
 
         kv: [T, D]. W is 0 without a cache, else what the tail holds.
         """
-        keys, reach = kv[window.rows], self.cfg.sliding_window
+        keys, reach = window.take(kv), self.cfg.sliding_window
         kept = 0
         if ctx.cache is not None and window.sequences is not None:
             name = f"layers.{self.layer}.window"
@@ -72,10 +73,7 @@ class SharedKVAttention(nn.Module):
             ctx.probe.selected.setdefault(self.layer, []).append(chosen.detach())
         keys = chosen if sparse else seen
         if self.training and keys.shape[-1]:
-            with torch.no_grad():  # a query without an entry has nothing to teach
-                alone = keys | ~keys.any(-1, keepdim=True)
-                target = index_target(ops.attention_probs(q, entries[:, :, None], alone, self.scale))
-                target = target.masked_fill(~keys, 0)
+            target = ops.attention_mass(q, entries[:, :, None], keys, self.scale)
             ctx.index_losses.append(index_loss(target, selection.scores[number], keys))
             if not sparse:
                 ctx.index_recalls.append(index_recall(target, chosen))
@@ -108,8 +106,9 @@ class CompressedAttention(SharedKVAttention):
         kv = rotary.turn(self.kv_layernorm(self.kv_proj(x)))
         projected = self.compressor.project(x, ctx.packed.positions) if self.compressor is not None else None
         selection = self.indexer(x, q_latent, ctx) if self.indexer is not None and self.mode != "dense" else None
-        out = torch.empty_like(q)
+        parts = []
         for number, window in enumerate(ctx.windows):
+            q_rows = window.take(q)
             keys, visible = self.window_keys(kv, window, ctx)
             if self.compressor is not None and projected is not None:
                 entries = self.compressor(projected, window, ctx)
@@ -117,8 +116,7 @@ class CompressedAttention(SharedKVAttention):
                 older = gather_entries(entries, values, f"layers.{self.layer}.kv", window, self.ratio, ctx)
                 seen = visible_entries(window, self.ratio)
                 if selection is not None:
-                    seen = self.selected(q[window.rows], older, seen, selection, number, ctx)
+                    seen = self.selected(q_rows, older, seen, selection, number, ctx)
                 keys, visible = torch.cat([keys, older], dim=1), torch.cat([visible, seen], dim=-1)
-            o = self.attend(q[window.rows], keys, visible)
-            out = out.index_copy(0, window.rows.flatten(), o.flatten(0, 1).to(out.dtype))
-        return self.grouped_output(rotary.turn(out, back=True))
+            parts.append(self.attend(q_rows, keys, visible))
+        return self.grouped_output(rotary.turn(join(ctx.windows, parts), back=True))

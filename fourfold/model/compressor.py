@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.context import Context, Window
+from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
 
 
@@ -38,8 +38,8 @@ class Compressor(nn.Module):
         super().__init__()
         self.tail, self.ratio, self.width, self.overlaps = tail, ratio, width, overlaps
         out = 2 * width if overlaps else width
-        self.kv_proj = nn.Linear(cfg.hidden_size, out, bias=False)
-        self.gate_proj = nn.Linear(cfg.hidden_size, out, bias=False) if ratio > 1 else None
+        self.kv_proj = Linear(cfg.hidden_size, out, bias=False)
+        self.gate_proj = Linear(cfg.hidden_size, out, bias=False) if ratio > 1 else None
         self.position_bias = nn.Parameter(torch.zeros(ratio, out)) if biased else None
         self.norm = RMSNorm(width, cfg.rms_norm_eps)
 
@@ -47,17 +47,17 @@ class Compressor(nn.Module):
         """What the tail keeps of each position: values and scores, float32 [T, 2 out]. positions: int64 [T]."""
         with ops.float32_island(x):
             wide = ops.at_least_float32(x)
-            values = F.linear(wide, self.kv_proj.weight.to(wide.dtype))
+            values = ops.linear(wide, self.kv_proj.weight.to(wide.dtype))
             if self.gate_proj is None:
                 return torch.cat([values, torch.zeros_like(values)], dim=-1)
-            scores = F.linear(wide, self.gate_proj.weight.to(wide.dtype))
+            scores = ops.linear(wide, self.gate_proj.weight.to(wide.dtype))
             if self.position_bias is not None:
                 scores = scores + self.position_bias[positions % self.ratio]
             return torch.cat([values, scores], dim=-1)
 
     def forward(self, projected: Tensor, window: Window, ctx: Context) -> Entries:
         """projected: [T, 2 out] of :meth:`project`."""
-        raw, ratio = projected[window.rows], self.ratio
+        raw, ratio = window.take(projected), self.ratio
         kept = 0
         if ctx.cache is not None and window.sequences is not None:
             before = ctx.cache.tail(self.tail, window.sequences)

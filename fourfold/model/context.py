@@ -21,13 +21,18 @@ class Window:
 
     rows: int64 [B, L] on the packed axis; past: int64 [B], positions before the first row; sequences: int64 [B]
     when the past comes from the cache, else None; ids: int64 [B, L] where a row of the batch holds several
-    sequences, else None.
+    sequences, else None; whole: whether the rows are all positions in their order.
     """
 
     rows: Tensor
     past: Tensor
     sequences: Tensor | None = None
     ids: Tensor | None = None
+    whole: bool = False
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of x [T, ...] as [B, L, ...]."""
+        return x.unflatten(0, self.rows.shape) if self.whole else x[self.rows]
 
     @cached_property
     def length(self) -> int:
@@ -118,6 +123,14 @@ class Context:
     balance_losses: list[Tensor] = field(default_factory=list)
 
 
+def join(windows: list[Window], parts: list[Tensor]) -> Tensor:
+    """What each window gave, [B, L, ...], laid back on the packed axis: [T, ...]."""
+    flat = torch.cat([part.flatten(0, 1) for part in parts])
+    if windows[0].whole:
+        return flat
+    return torch.empty_like(flat).index_copy(0, torch.cat([window.rows.flatten() for window in windows]), flat)
+
+
 def windows(packed: Packed, cache: Cache | None, by_sequence: bool = False) -> list[Window]:
     """Groups the packed axis for attention: sequences of equal length together.
 
@@ -126,18 +139,19 @@ def windows(packed: Packed, cache: Cache | None, by_sequence: bool = False) -> l
     total, device = len(packed), packed.tokens.device
     if cache is None and packed.row is not None and not by_sequence:
         rows = torch.arange(total, device=device).view(-1, packed.row)
-        return [Window(rows, torch.zeros_like(rows[:, 0]), ids=packed.sequence_ids[rows])]
+        alone = len(packed.cu_seqlens) - 1 == len(rows)  # then each row is one sequence
+        return [Window(rows, torch.zeros_like(rows[:, 0]), None, None if alone else packed.sequence_ids[rows], True)]
     starts, lengths = packed.cu_seqlens[:-1].tolist(), packed.cu_seqlens.diff().tolist()
     groups: dict[int, list[int]] = {}
     for sequence, length in enumerate(lengths):
         if length:
             groups.setdefault(length, []).append(sequence)
     result = []
-    for length, members in groups.items():
+    for length, members in (groups or {0: [0]}).items():  # a batch of nothing is one window of nothing
         sequences = torch.tensor(members, device=device)
         rows = torch.tensor([starts[s] for s in members], device=device)[:, None] + torch.arange(length, device=device)
         past = torch.zeros_like(sequences)
         if cache is not None:
             past = torch.tensor([cache.states[s].length for s in members], device=device)
-        result.append(Window(rows, past, sequences if cache is not None else None))
+        result.append(Window(rows, past, sequences if cache is not None else None, whole=len(groups) <= 1))
     return result

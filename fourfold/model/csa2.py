@@ -15,8 +15,9 @@ from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.compressed_attention import SharedKVAttention
 from fourfold.model.compressor import Compressor, gather_entries, visible_entries
-from fourfold.model.context import Context, Selection, SharedEntries
+from fourfold.model.context import Context, Selection, SharedEntries, join
 from fourfold.model.indexer import index_queries
+from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
 
 
@@ -27,10 +28,10 @@ class SharedIndexer(nn.Module):
         super().__init__()
         a, index = cfg.attention, cfg.indexer
         self.cfg, self.attention, self.layer = index, a, layer
-        self.wq_b = nn.Linear(a.q_lora_rank, index.n_heads * index.head_dim, bias=False)
-        self.weights_proj = nn.Linear(cfg.hidden_size, index.n_heads, bias=False)
+        self.wq_b = Linear(a.q_lora_rank, index.n_heads * index.head_dim, bias=False)
+        self.weights_proj = Linear(cfg.hidden_size, index.n_heads, bias=False)
         if layer in a.kv_source_layer_ids:
-            self.wk = nn.Linear(a.head_dim, index.head_dim, bias=False)
+            self.wk = Linear(a.head_dim, index.head_dim, bias=False)
             self.k_norm = RMSNorm(index.head_dim, cfg.rms_norm_eps)
 
     def keys(self, latents: Tensor, positions: Tensor, ctx: Context) -> Tensor:
@@ -47,7 +48,7 @@ class SharedIndexer(nn.Module):
             q, weights = index_queries(x.detach(), q_latent.detach(), self.wq_b, self.weights_proj, self.cfg)
             q = ctx.compress_rotary.turn(q)
             for number, window in enumerate(ctx.windows):
-                scores = ops.index_scores(q[window.rows], shared.keys[number], weights[window.rows])
+                scores = ops.index_scores(window.take(q), shared.keys[number], window.take(weights))
                 seen = visible_entries(window, a.compress_ratios[self.layer])
                 selection.scores.append(scores)
                 allowed = seen & shared.candidates[number] if shared.candidates else seen
@@ -96,17 +97,17 @@ class CSA2(SharedKVAttention):
         if self.indexer is not None and self.mode != "dense":
             assert ctx.shared is not None
             ctx.selection = self.indexer(x, q_latent, ctx.shared, ctx)
-        out = torch.empty_like(q)
+        parts = []
         for number, window in enumerate(ctx.windows):
+            q_rows = window.take(q)
             keys, visible = self.window_keys(kv, window, ctx)
             if self.ratio and ctx.shared is not None:
                 older, seen = ctx.shared.values[number], visible_entries(window, self.ratio)
                 if ctx.selection is not None:
-                    seen = self.selected(q[window.rows], older, seen, ctx.selection, number, ctx)
+                    seen = self.selected(q_rows, older, seen, ctx.selection, number, ctx)
                 keys, visible = torch.cat([keys, older], dim=1), torch.cat([visible, seen], dim=-1)
-            o = self.attend(q[window.rows], keys, visible)
-            out = out.index_copy(0, window.rows.flatten(), o.flatten(0, 1).to(out.dtype))
-        return self.grouped_output(rotary.turn(out, back=True))
+            parts.append(self.attend(q_rows, keys, visible))
+        return self.grouped_output(rotary.turn(join(ctx.windows, parts), back=True))
 
     def _pool(self, x: Tensor, ctx: Context) -> SharedEntries:
         """Entries and index keys for this layer and those after it."""

@@ -13,6 +13,7 @@ from fourfold import ops
 from fourfold.config import EngramConfig, ModelConfig
 from fourfold.counts import engram_primes
 from fourfold.model.context import Context
+from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
 from fourfold.model.sequence import TEXT
 
@@ -83,8 +84,8 @@ class Engram(nn.Module):
         self.multipliers, self.primes, self.offsets = multipliers, primes, offsets.tolist()
         width = (e.max_ngram - 1) * e.n_heads * e.head_dim
         self.embed = nn.Embedding(sum(flat), e.head_dim)
-        self.key_proj = nn.Linear(width, n * d, bias=False)
-        self.value_proj = nn.Linear(width, d, bias=False)
+        self.key_proj = Linear(width, n * d, bias=False)
+        self.value_proj = Linear(width, d, bias=False)
         self.q_weight = nn.Parameter(torch.ones(n, d))
         self.k_weight = nn.Parameter(torch.ones(n, d))
         self.conv = ShortConv(n, d, e.max_ngram, self.eps) if e.short_conv else None

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import ModelConfig
-from fourfold.model.context import Context
+from fourfold.model.context import Context, join
+from fourfold.model.linear import Linear
 
 
 class GQA(nn.Module):
@@ -16,10 +17,10 @@ class GQA(nn.Module):
         a = cfg.attention
         self.cfg, self.scale = a, a.head_dim**-0.5 * ops.yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
         self.slot = f"layers.{layer}.kv"
-        self.q_proj = nn.Linear(cfg.hidden_size, a.num_attention_heads * a.head_dim, bias=a.qkv_bias)
-        self.k_proj = nn.Linear(cfg.hidden_size, a.num_key_value_heads * a.head_dim, bias=a.qkv_bias)
-        self.v_proj = nn.Linear(cfg.hidden_size, a.num_key_value_heads * a.head_dim, bias=a.qkv_bias)
-        self.o_proj = nn.Linear(a.num_attention_heads * a.head_dim, cfg.hidden_size, bias=False)
+        self.q_proj = Linear(cfg.hidden_size, a.num_attention_heads * a.head_dim, bias=a.qkv_bias)
+        self.k_proj = Linear(cfg.hidden_size, a.num_key_value_heads * a.head_dim, bias=a.qkv_bias)
+        self.v_proj = Linear(cfg.hidden_size, a.num_key_value_heads * a.head_dim, bias=a.qkv_bias)
+        self.o_proj = Linear(a.num_attention_heads * a.head_dim, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x: [T, d], normalised. Returns [T, d]."""
@@ -29,13 +30,12 @@ class GQA(nn.Module):
         entries = torch.cat([k, self.v_proj(x).unflatten(-1, (-1, dim))], dim=1).flatten(1)
         if ctx.cache is not None:
             ctx.cache.write(self.slot, entries)
-        out = torch.empty_like(q.flatten(1))
+        parts = []
         for window in ctx.windows:
-            kv = entries[window.rows]
+            kv = window.take(entries)
             if ctx.cache is not None and window.sequences is not None:
                 kv = ctx.cache.read(self.slot, window.sequences, window.length)
                 kv = kv.to(entries.dtype)
             keys, values = kv.unflatten(-1, (-1, dim)).chunk(2, dim=2)
-            o = ops.attention(q[window.rows], keys, values, window.visible, self.scale)
-            out = out.index_copy(0, window.rows.flatten(), o.flatten(2).flatten(0, 1).to(out.dtype))
-        return self.o_proj(out)
+            parts.append(ops.attention(window.take(q), keys, values, window.visible, self.scale))
+        return self.o_proj(join(ctx.windows, parts).flatten(1))

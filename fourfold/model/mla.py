@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.cache import attention_width
-from fourfold.model.context import Context, Window
-from fourfold.model.indexer import Indexer, index_loss, index_recall, index_target
+from fourfold.model.context import Context, Window, join
+from fourfold.model.indexer import Indexer, index_loss, index_recall
+from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
 
 ABSORB_BELOW = 8  # queries per sequence; expanding all cached keys for fewer costs more than it saves
@@ -29,15 +30,15 @@ class MLA(nn.Module):
         self.heads, self.query_dim = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
         self.scale = self.query_dim**-0.5 * ops.yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
         if a.q_lora_rank:
-            self.q_a_proj = nn.Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(cfg.hidden_size, a.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(a.q_lora_rank, cfg.rms_norm_eps)
-            self.q_b_proj = nn.Linear(a.q_lora_rank, self.heads * self.query_dim, bias=False)
+            self.q_b_proj = Linear(a.q_lora_rank, self.heads * self.query_dim, bias=False)
         else:
-            self.q_proj = nn.Linear(cfg.hidden_size, self.heads * self.query_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(cfg.hidden_size, attention_width(cfg), bias=False)
+            self.q_proj = Linear(cfg.hidden_size, self.heads * self.query_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(cfg.hidden_size, attention_width(cfg), bias=False)
         self.kv_a_layernorm = RMSNorm(a.kv_lora_rank, cfg.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(a.kv_lora_rank, self.heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(self.heads * a.v_head_dim, cfg.hidden_size, bias=False)
+        self.kv_b_proj = Linear(a.kv_lora_rank, self.heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
+        self.o_proj = Linear(self.heads * a.v_head_dim, cfg.hidden_size, bias=False)
         self.indexer = indexer
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -57,17 +58,16 @@ class MLA(nn.Module):
         if ctx.cache is not None:
             ctx.cache.write(self.slot, entries)
 
-        out = entries.new_empty(len(x), self.heads * a.v_head_dim)
+        parts = []
         for number, window in enumerate(ctx.windows):
-            keys = entries[window.rows]
+            keys = window.take(entries)
             if ctx.cache is not None and window.sequences is not None:
                 keys = ctx.cache.read(self.slot, window.sequences, window.length)
                 keys = keys.to(entries.dtype)
             absorb = window.sequences is not None and window.rows.shape[1] < ABSORB_BELOW
             attend = self.absorbed if absorb else self.naive
-            o = attend(q_nope[window.rows], q_rope[window.rows], keys, window, number, ctx)
-            out = out.index_copy(0, window.rows.flatten(), o.flatten(2).flatten(0, 1).to(out.dtype))
-        return self.o_proj(out)
+            parts.append(attend(window.take(q_nope), window.take(q_rope), keys, window, number, ctx))
+        return self.o_proj(join(ctx.windows, parts).flatten(1))
 
     def _chosen(self, window: Window, number: int, ctx: Context) -> Tensor:
         if self.mode != "sparse" or ctx.selection is None:
@@ -87,8 +87,7 @@ class MLA(nn.Module):
         if ctx.probe is not None:
             ctx.probe.selected.setdefault(self.layer, []).append(chosen.detach())
         if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None:
-            with torch.no_grad():
-                target = index_target(ops.attention_probs(q, k, chosen, self.scale))
+            target = ops.attention_mass(q, k, chosen, self.scale)
             ctx.index_losses.append(index_loss(target, ctx.selection.scores[number], chosen))
             if self.mode == "warmup":  # later the attention itself sees nothing but the selection
                 ctx.index_recalls.append(index_recall(target, ctx.selection.chosen[number]))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fourfold import ops
 from fourfold.config import ModelConfig, MoEConfig
 from fourfold.model.context import Context
+from fourfold.model.linear import Linear
 from fourfold.model.probe import expert_load
 from fourfold.model.sequence import MODALITIES, Packed
 
@@ -25,9 +26,9 @@ class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
         self.limit = cfg.moe.swiglu_limit
-        self.gate_proj = nn.Linear(cfg.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, cfg.hidden_size, bias=False)
+        self.gate_proj = Linear(cfg.hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(cfg.hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x: [T, d]. Returns [T, d]."""
@@ -68,7 +69,7 @@ class Router(nn.Module):
         cfg = self.cfg
         with ops.float32_island(x):
             wide = ops.at_least_float32(x)
-            logits = F.linear(wide, self.weight.to(wide.dtype))
+            logits = ops.linear(wide, self.weight.to(wide.dtype))
         scores = score(logits, cfg.scoring_func)
         if self.by_hash:
             indices = self.tid2eid[packed.tokens]
@@ -127,15 +128,12 @@ class MoE(nn.Module):
             if ctx.balance:
                 n_sequences = len(ctx.packed.cu_seqlens) - 1
                 ctx.balance_losses.append(sequence_balance_loss(scores, indices, ctx.packed.sequence_ids, n_sequences))
-        dtype, run = ops.compute_dtype(x), self.dispatch or ops.experts
-        stacks = [self.gate_up_proj, self.down_proj]
+        dtype, limit = ops.compute_dtype(x), self.cfg.swiglu_limit
         if isinstance(self.gate_up_proj, nn.Parameter):
-            gate_up, down = (stack.to(dtype) for stack in stacks)
-        else:  # quantised: the reference asks for one expert after the other, so no two are ever dequantised
-            used, indices = indices.unique(return_inverse=True)
-            gate_up, down = (stack.select(used, dtype) for stack in stacks)
-            run = ops.reference.experts
-        out = run(x.to(dtype), indices, weights, gate_up, down, self.cfg.swiglu_limit)
+            gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+            out = (self.dispatch or ops.experts)(x.to(dtype), indices, weights, gate_up, down, limit)
+        else:  # quantised
+            out = self.gate_up_proj.experts(self.down_proj, x.to(dtype), indices, weights, limit)
         return out if self.shared_experts is None else out + self.shared_experts(x, ctx)
 
 

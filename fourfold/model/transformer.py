@@ -207,7 +207,8 @@ def mean_of_queries(sums: list[Tensor], ctx: Context) -> Tensor | None:
 def following_tokens(packed: Packed) -> Tensor:
     """int64 [T]: the next token of the same sequence; its last position sees the first, whatever is packed behind."""
     following = packed.tokens.roll(-1)
-    following[packed.cu_seqlens[1:] - 1] = packed.tokens[packed.cu_seqlens[:-1]]
+    full = packed.cu_seqlens.diff() > 0
+    following[packed.cu_seqlens[1:][full] - 1] = packed.tokens[packed.cu_seqlens[:-1][full]]
     return following
 
 

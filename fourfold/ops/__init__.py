@@ -15,7 +15,20 @@ from fourfold.ops import reference
 from fourfold.ops.reference.norm import at_least_float32, compute_dtype, float32_island
 
 TWINS: dict[str, tuple[str, ...]] = {
-    "cpu": ("attention", "experts", "hyper_maps", "mix_streams", "read_streams", "select_topk")
+    "cpu": (
+        "attention",
+        "attention_mass",
+        "experts",
+        "hyper_maps",
+        "latent_attention",
+        "linear",
+        "mix_streams",
+        "pack_weight",
+        "quantized_experts",
+        "quantized_linear",
+        "read_streams",
+        "select_topk",
+    )
 }
 
 
@@ -40,13 +53,20 @@ def _dispatched(name: str) -> Callable[..., Any]:
 
 
 attention = _dispatched("attention")
+attention_mass = _dispatched("attention_mass")
+linear = _dispatched("linear")
 experts = _dispatched("experts")
 select_topk = _dispatched("select_topk")
 hyper_maps = _dispatched("hyper_maps")
 read_streams = _dispatched("read_streams")
 mix_streams = _dispatched("mix_streams")
+latent_attention = _dispatched("latent_attention")
+pack_weight = _dispatched("pack_weight")
+quantized_experts = _dispatched("quantized_experts")
+quantized_linear = _dispatched("quantized_linear")
 
 from fourfold.ops.reference import (  # noqa: E402
+    Quantized,
     apply_rope,
     attention_probs,
     block_counts,
@@ -80,10 +100,12 @@ from fourfold.ops.reference import (  # noqa: E402
 )
 
 __all__ = [
+    "Quantized",
     "TWINS",
     "apply_rope",
     "at_least_float32",
     "attention",
+    "attention_mass",
     "attention_probs",
     "block_counts",
     "compute_dtype",
@@ -101,14 +123,19 @@ __all__ = [
     "hyper_maps",
     "implementation",
     "index_scores",
+    "latent_attention",
+    "linear",
     "mix_streams",
     "ngram_rows",
     "pack_nibbles",
+    "pack_weight",
     "pool",
     "quantize_fp4",
     "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
+    "quantized_experts",
+    "quantized_linear",
     "read_streams",
     "rms_norm",
     "rope_frequencies",

@@ -1,7 +1,9 @@
 """Modules that hold a weight as integer codes with scales, and compute with the numbers these stand for.
 
-int8 has one float32 scale per output row, int4 one bfloat16 scale per 32 inputs of a row (see ``ops.quantize_int4``).
-Codes and scales are buffers: part of the state dict, never trained, never cast to another dtype.
+int8 has one float32 scale per output row, int4 one bfloat16 scale per group of inputs of a row (see
+``ops.quantize_int4``), fp8 (e4m3) one float32 scale per block of 128 x 128, as V3 was released.
+Codes and scales are buffers: part of the state dict, never trained, never cast to another dtype. On their first use
+they are packed for the kernels of their device, in place of the plain ones; state dicts always hold plain ones.
 """
 
 from __future__ import annotations
@@ -15,37 +17,92 @@ from torch import Tensor, nn
 
 from fourfold import ops
 
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4")  # of whole numbers
+ALL_KINDS = (*KINDS, "fp8")
 INT4_GROUP = 32
+GROUPS = (32, 64, 128)
+FP8_BLOCK = (128, 128)
+
+
+def check_kind(kind: str, group: int = INT4_GROUP) -> None:
+    """Raises ValueError if there is no such kind or, for int4, group."""
+    if kind not in ALL_KINDS:
+        raise ValueError(f"quant: {kind!r} is unknown; choose one of {', '.join(ALL_KINDS)}")
+    if group not in GROUPS:
+        raise ValueError(f"group: is {group!r}; choose one of {', '.join(map(str, GROUPS))}")
 
 
 class QuantizedWeight(nn.Module):
     """A matrix [N, K], or a stack [E, N, K], of which rows are written one range at a time.
 
-    dtype: of the numbers it gives; follows ``module.to(dtype)``.
+    dtype: of the numbers it gives; follows ``module.to(dtype)``; group: inputs that share a scale, of int4.
     """
 
-    def __init__(self, shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        kind: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        group: int = INT4_GROUP,
+    ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"quant: {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        self.shape, self.kind, self.dtype = torch.Size(shape), kind, dtype
+        check_kind(kind, group)
+        self.shape, self.kind, self.dtype, self.group = torch.Size(shape), kind, dtype, group
         *rows, columns = shape
         if kind == "int8":
             codes = torch.empty(*rows, columns, dtype=torch.int8, device=device)
             scales = torch.empty(rows, dtype=torch.float32, device=device)
+        elif kind == "fp8":
+            codes = torch.empty(*rows, columns, dtype=torch.float8_e4m3fn, device=device)
+            scales = torch.empty(ops.block_counts(shape, FP8_BLOCK), dtype=torch.float32, device=device)
         else:
             codes = torch.empty(*rows, -(-columns // 2), dtype=torch.uint8, device=device)
-            scales = torch.empty(*rows, -(-columns // INT4_GROUP), dtype=torch.bfloat16, device=device)
+            scales = torch.empty(*rows, -(-columns // group), dtype=torch.bfloat16, device=device)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+        self._held: ops.Quantized | None = None  # codes and scales as the kernels know them
+
+    def held(self) -> ops.Quantized:
+        """Codes and scales as they are now, plain or packed. Not for fp8."""
+        held = self._held
+        if held is None or held.codes is not self.codes or held.scales is not self.scales:
+            held = self._held = ops.Quantized(self.codes, self.scales, tuple(self.shape), self.kind, self.group)
+        return held
+
+    def packed(self) -> ops.Quantized:
+        """Codes and scales in the layout that the kernels of their device want; packs them once."""
+        held = self.held()
+        if not held.packed and not self.codes.is_meta:
+            with torch.inference_mode(False), torch.no_grad():
+                self._hold(ops.pack_weight(self.codes, held))
+        return self.held()
+
+    def unpack(self) -> None:
+        """Back to the plain layout."""
+        if self.kind != "fp8" and self.held().packed:
+            with torch.inference_mode(False), torch.no_grad():
+                self._hold(self.held().to_plain())
+
+    def _hold(self, weight: ops.Quantized) -> None:
+        self.codes, self.scales, self._held = weight.codes, weight.scales, weight
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kind != "fp8":
+            plain = self.held().to_plain()
+            destination[f"{prefix}codes"], destination[f"{prefix}scales"] = plain.codes, plain.scales
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
 
     @torch.no_grad()
     def put(self, index: int | None, row_start: int, rows: Tensor) -> None:
         """Quantises and stores ``rows`` [n, K] as rows row_start.. of the matrix, or of matrix ``index`` of a stack.
 
-        Rows are independent: any order and any cut gives the same codes. Raises ValueError for rows that do not
-        belong here or cannot be quantised.
+        Rows are independent: any order and any cut gives the same codes; but those of fp8 come in whole blocks.
+        Raises ValueError for rows that do not belong here or cannot be quantised.
         """
         *stack, height, width = self.shape
         if (index is None) != (not stack) or (index is not None and not 0 <= index < stack[0]):
@@ -54,29 +111,40 @@ class QuantizedWeight(nn.Module):
             raise ValueError(f"put: rows of shape {list(rows.shape)} from row {row_start} do not fit {[height, width]}")
         if self.codes.is_meta:
             raise ValueError("put: the weight is on the meta device and cannot hold numbers")
-        codes, scales = ops.quantize_int8(rows) if self.kind == "int8" else ops.quantize_int4(rows, INT4_GROUP)
-        where = slice(row_start, row_start + len(rows))
+        stop = row_start + len(rows)
+        if self.kind == "fp8" and (row_start % FP8_BLOCK[0] or (stop % FP8_BLOCK[0] and stop < height)):
+            raise ValueError(f"put: rows {row_start} to {stop} of {height} cut a block of {FP8_BLOCK[0]} in two")
+        self.unpack()
+        codes, scales = self.quantize(rows)
+        where = slice(row_start, stop)
+        of_scales = slice(row_start // FP8_BLOCK[0], -(-stop // FP8_BLOCK[0])) if self.kind == "fp8" else where
         (self.codes if index is None else self.codes[index])[where] = codes.to(self.codes.device)
-        (self.scales if index is None else self.scales[index])[where] = scales.to(self.scales.device)
+        (self.scales if index is None else self.scales[index])[of_scales] = scales.to(self.scales.device)
+
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of rows [n, K], each number rounded to the nearest. Raises ValueError."""
+        if self.kind == "int8":
+            return ops.quantize_int8(rows)
+        return ops.quantize_int4(rows, self.group) if self.kind == "int4" else ops.quantize_fp8(rows, FP8_BLOCK)
 
     def dequantize(self, index: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """All numbers, or those of matrix ``index`` of a stack, in ``dtype`` or that of the module."""
+        if self.kind != "fp8":
+            held = self.held() if index is None else self.held()[index]
+            return held.dequantize(dtype or self.dtype)
         codes, scales = (self.codes, self.scales) if index is None else (self.codes[index], self.scales[index])
-        if self.kind == "int8":
-            values = ops.dequantize_int8(codes, scales)
-        else:
-            values = ops.dequantize_int4(codes, scales, INT4_GROUP, self.shape[-1])
-        return values.to(dtype or self.dtype)
+        return ops.dequantize_fp8(codes, scales, FP8_BLOCK).to(dtype or self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves like any module, but a cast changes only what comes out: rounded scales would be other numbers."""
+        self.unpack()
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
 
-        def keep_scales(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if tensor is self.scales and moved.dtype != tensor.dtype else moved
+        def keep_codes(tensor: Tensor) -> Tensor:
+            moved, ours = fn(tensor), tensor is self.scales or tensor is self.codes
+            return tensor.to(moved.device) if ours and moved.dtype != tensor.dtype else moved
 
-        return super()._apply(keep_scales, recurse)
+        return super()._apply(keep_codes, recurse)
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.kind}"
@@ -92,8 +160,9 @@ class QuantizedLinear(QuantizedWeight):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         bias: nn.Parameter | None = None,
+        group: int = INT4_GROUP,
     ) -> None:
-        super().__init__(shape, kind, dtype, device)
+        super().__init__(shape, kind, dtype, device, group)
         self.bias = bias
 
     @property
@@ -103,8 +172,9 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out], computed in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantize(dtype=x.dtype), bias)
+        if self.kind == "fp8":
+            return F.linear(x, self.dequantize(dtype=x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return ops.quantized_linear(x, self.packed(), self.bias)
 
 
 class QuantizedTable(QuantizedWeight):
@@ -112,11 +182,13 @@ class QuantizedTable(QuantizedWeight):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows: int64 [...]. Returns [..., width]."""
-        codes, scales = self.codes[rows], self.scales[rows]
-        if self.kind == "int8":
-            values = ops.dequantize_int8(codes, scales)
+        if self.kind == "fp8":
+            codes = self.codes.view(torch.uint8)[rows].view(self.codes.dtype)
+            values = ops.dequantize_fp8(codes, self.scales[rows // FP8_BLOCK[0]], (1, FP8_BLOCK[1]))
+        elif self.kind == "int8":
+            values = ops.dequantize_int8(self.codes[rows], self.scales[rows])
         else:
-            values = ops.dequantize_int4(codes, scales, INT4_GROUP, self.shape[-1])
+            values = ops.dequantize_int4(self.codes[rows], self.scales[rows], self.group, self.shape[-1])
         return values.to(self.dtype)
 
 
@@ -129,8 +201,9 @@ class QuantizedStack(QuantizedWeight):
         kind: str,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        group: int = INT4_GROUP,
     ) -> None:
-        super().__init__(shape, kind, dtype, device)
+        super().__init__(shape, kind, dtype, device, group)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -138,19 +211,30 @@ class QuantizedStack(QuantizedWeight):
     def __getitem__(self, expert: int) -> Tensor:
         return self.dequantize(expert)
 
-    def select(self, experts: Tensor, dtype: torch.dtype) -> SelectedExperts:
-        """The experts with these numbers, int64 [n], dequantised to ``dtype`` when they are asked for."""
-        return SelectedExperts(self, experts.tolist(), dtype)
+    def experts(self, down: QuantizedStack, x: Tensor, indices: Tensor, weights: Tensor, limit: float) -> Tensor:
+        """``ops.experts`` with this stack as gate and up; see there for the arguments."""
+        if self.kind == down.kind != "fp8" and self.group == down.group:
+            return ops.quantized_experts(x, indices, weights, self.packed(), down.packed(), limit)
+        used, indices = indices.unique(return_inverse=True)
+        chosen = [SelectedExperts(stack, used.tolist(), x.dtype) for stack in (self, down)]
+        return ops.reference.experts(x, indices, weights, *chosen, limit)  # type: ignore[arg-type]
 
 
 class SelectedExperts:
     """Some experts of a stack, one dequantised at a time."""
 
     def __init__(self, stack: QuantizedStack, experts: list[int], dtype: torch.dtype) -> None:
-        self.stack, self.experts, self.dtype = stack, experts, dtype
+        self.stack, self.numbers, self.dtype = stack, experts, dtype
 
     def __len__(self) -> int:
-        return len(self.experts)
+        return len(self.numbers)
 
     def __getitem__(self, number: int) -> Tensor:
-        return self.stack.dequantize(self.experts[number], self.dtype)
+        return self.stack.dequantize(self.numbers[number], self.dtype)
+
+
+def pack(model: nn.Module) -> None:
+    """Packs all weights of ``model`` that kernels multiply with, which their first use would otherwise do."""
+    for module in model.modules():
+        if isinstance(module, (QuantizedLinear, QuantizedStack)) and module.kind != "fp8":
+            module.packed()

@@ -149,12 +149,12 @@ def objective(output: Any, packed: Packed, parallel: Parallel) -> Tensor:
 
 def make_optimizers(model: Model, kind: str) -> list[torch.optim.Optimizer]:
     if kind == "sgd":
-        return [torch.optim.SGD(model.parameters(), lr=0.3)]
+        return [torch.optim.SGD(model.parameters(), lr=0.1)]
     if kind == "muon":
         return build_optimizers(model, Optimizer(kind="muon", lr=1e-3))
     tables = sparse_tables(model)
     rest = [p for p in model.parameters() if all(p is not table for table in tables)]
-    return [torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95), eps=1e-6, fused=True), RowAdam(tables, lr=5e-3)]
+    return [torch.optim.AdamW(rest, lr=3e-4, betas=(0.9, 0.95), eps=1e-6, fused=True), RowAdam(tables, lr=1.5e-3)]
 
 
 def gather_gradients(model: Model) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ def cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
             lambda q, k, v, s: reference.attention(q, k, v, visible, 0.4, s),
             (wide(2, 3, 4, D), wide(2, 5, 2, D), wide(2, 5, 2, D), wide(4)),
         ),
+        "linear": (reference.linear, (wide(T, D), wide(4, D), wide(4))),
         "pool": (reference.pool, (wide(2, 4, D), wide(2, 4, D))),
         "swiglu": (lambda gate, up: reference.swiglu(gate, up, 0.8), (wide(T, D), wide(T, D))),
         "experts": (
@@ -88,8 +89,17 @@ def test_gradient_of_the_reference(name):
 
 
 def test_every_differentiable_op_is_checked():
-    constants = {"ngram_rows", "rope_frequencies", "rope_tables", "select_topk", "yarn_mscale"}  # integers, no inputs
-    rounding = {name for name in reference.__all__ if getattr(reference, name).__module__.endswith(".blocks")}
+    constants = {
+        "attention_mass",
+        "ngram_rows",
+        "rope_frequencies",
+        "rope_tables",
+        "select_topk",
+        "yarn_mscale",
+    }  # no gradient
+    rounding = {
+        name for name in reference.__all__ if getattr(reference, name).__module__.endswith((".blocks", ".quantized"))
+    }
     assert {name.split()[0] for name in cases()} == set(reference.__all__) - constants - rounding
 
 

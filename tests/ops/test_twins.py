@@ -13,10 +13,13 @@ from torch import Tensor
 
 from fourfold import ops
 from fourfold.ops import reference
-from fourfold.ops.cpu.experts import FEW
+from fourfold.ops.cpu.attention import BLOCK
+from fourfold.ops.cpu.experts import FEW, STEP
+from fourfold.ops.cpu.linear import LONG as MANY
 from fourfold.ops.cpu.streams import LONG
 
-TWINS = [(device, name) for device, names in ops.TWINS.items() for name in names]
+QUANTIZED = {name for name in reference.__all__ if getattr(reference, name).__module__.endswith(".quantized")}
+TWINS = [(device, name) for device, names in ops.TWINS.items() for name in names if name not in QUANTIZED]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 4e-2}  # of the largest number expected
 SIZES = ["empty", "one", "small", "odd", "below", "at", "above"]  # the last three: of the twins' thresholds
@@ -40,7 +43,7 @@ def width(size: str, rng: random.Random) -> int:
 
 
 def attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
-    batch, queries = rng.randint(1, 3), length(size, rng, 40)
+    batch, queries = rng.randint(1, 3), length(size, rng, rng.choice([BLOCK // 2, BLOCK]))
     keys = max(queries + rng.randint(0, 5), 1)
     groups, kv_heads, dim, value_dim = rng.choice([1, 2, 3]), rng.choice([1, 2]), width(size, rng), width(size, rng)
     visible = torch.rand(batch, queries, keys) < 0.4
@@ -59,10 +62,28 @@ def attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     )
 
 
+def attention_mass_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    q, k, _, visible, scale, *_ = attention_case(size, dtype, rng).args
+    if len(visible) > 1:
+        visible[1, visible.shape[1] // 2 :] = False  # queries, and a whole block of them, that see nothing
+    return Case([q, k, visible, scale])
+
+
+def linear_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    rows, inner, outer = length(size, rng, MANY), width(size, rng), width(size, rng)
+    x = torch.randn(rows, inner, dtype=dtype)
+    x = x.view(2, -1, inner) if rows % 2 == 0 and rng.random() < 0.5 else x
+    bias = torch.randn(outer, dtype=dtype) if rng.random() < 0.5 else None
+    weight = torch.randn(outer, inner, dtype=dtype) / inner**0.5
+    return Case([x, weight, bias], learn=[0, 1] if bias is None else [0, 1, 2])
+
+
 def experts_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     n_experts = 1 if size == "one" else rng.randint(4, 9)
     per_token = rng.randint(1, min(3, n_experts))
     tokens = -(-length(size, rng, FEW) // per_token) if size in ("at", "above") else length(size, rng, FEW) // per_token
+    if size == "above" and rng.random() < 0.5:
+        tokens = -(-2 * STEP * n_experts // per_token) + rng.randint(0, 99)  # enough to fill rows up
     tokens = max(tokens, size != "empty")
     dim, inner = width(size, rng), width(size, rng)
     reachable = max(n_experts - 2, per_token)  # some experts get nothing
@@ -70,7 +91,8 @@ def experts_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     weights = torch.rand(tokens, per_token, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     gate_up = torch.randn(n_experts, 2 * inner, dim, dtype=dtype) / dim**0.5
     down = torch.randn(n_experts, dim, inner, dtype=dtype) / inner**0.5
-    return Case([torch.randn(tokens, dim, dtype=dtype), indices, weights, gate_up, down], learn=[0, 2, 3, 4])
+    limit = rng.choice([0.0, 0.7]) if dtype != torch.bfloat16 else 0.0  # rounding across it turns gradients on or off
+    return Case([torch.randn(tokens, dim, dtype=dtype), indices, weights, gate_up, down, limit], learn=[0, 2, 3, 4])
 
 
 def select_topk_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
@@ -132,8 +154,10 @@ def mix_streams_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
 
 CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
     "attention": attention_case,
+    "attention_mass": attention_mass_case,
     "experts": experts_case,
     "hyper_maps": hyper_maps_case,
+    "linear": linear_case,
     "mix_streams": mix_streams_case,
     "read_streams": read_streams_case,
     "select_topk": select_topk_case,
@@ -155,7 +179,7 @@ def run(function: Callable[..., Any], case: Case, args: list[Any], cotangents: l
     if cotangents is None:
         return outputs
     given = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, [args[i] for i in case.learn], given)
+    grads = torch.autograd.grad(outputs, [args[i] for i in case.learn], given) if case.learn else ()
     return [*(o.detach() for o in outputs), *grads]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
+from fourfold.ops.cpu.linear import linear
 from fourfold.ops.reference.norm import at_least_float32
 
 LONG = 1024  # tokens from which a compiled pass pays: training batches, not the chunks of a server's prefill
@@ -105,7 +106,7 @@ def hyper_maps(
         return reference.hyper_maps(x, fn, base, scale, doubly_stochastic, iterations, eps, norm_eps)
     n = x.shape[1]
     flat = at_least_float32(x).flatten(1)
-    mixed = (flat @ fn.T.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    mixed = linear(flat, fn.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
     hidden = mixed * scale.repeat_interleave(torch.tensor([n, n, n * n])) + base
     pre, post, comb = _apply(_Maps, hidden.contiguous(), n, iterations, eps)
     return pre, post, comb

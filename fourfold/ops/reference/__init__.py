@@ -1,6 +1,6 @@
 """The specification in plain PyTorch: obviously right, differentiable, any floating dtype."""
 
-from fourfold.ops.reference.attention import attention, attention_probs, sparse_mla
+from fourfold.ops.reference.attention import attention, attention_mass, attention_probs, sparse_mla
 from fourfold.ops.reference.blocks import (
     block_counts,
     dequantize_fp4,
@@ -23,16 +23,26 @@ from fourfold.ops.reference.blocks import (
 )
 from fourfold.ops.reference.experts import experts, swiglu
 from fourfold.ops.reference.index import index_scores, select_topk
+from fourfold.ops.reference.linear import linear
 from fourfold.ops.reference.ngram import ngram_rows
 from fourfold.ops.reference.norm import rms_norm
 from fourfold.ops.reference.pool import pool
+from fourfold.ops.reference.quantized import (
+    Quantized,
+    latent_attention,
+    pack_weight,
+    quantized_experts,
+    quantized_linear,
+)
 from fourfold.ops.reference.rope import apply_rope, rope_frequencies, rope_tables, yarn_mscale
 from fourfold.ops.reference.sinkhorn import sinkhorn
 from fourfold.ops.reference.streams import hyper_maps, mix_streams, read_streams
 
 __all__ = [
+    "Quantized",
     "apply_rope",
     "attention",
+    "attention_mass",
     "attention_probs",
     "block_counts",
     "dequantize_fp4",
@@ -47,14 +57,19 @@ __all__ = [
     "fp4_to_fp8",
     "hyper_maps",
     "index_scores",
+    "linear",
+    "latent_attention",
     "mix_streams",
     "ngram_rows",
     "pack_nibbles",
+    "pack_weight",
     "pool",
     "quantize_fp4",
     "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
+    "quantized_experts",
+    "quantized_linear",
     "read_streams",
     "rms_norm",
     "rope_frequencies",

@@ -30,6 +30,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, si
     return torch.einsum("bhls,bshd->blhd", probs.to(v.dtype), v)
 
 
+def attention_mass(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """:func:`attention_probs` summed over the heads, without a gradient; 0 for a query that sees nothing: [B, L, S]."""
+    with torch.no_grad():
+        alone = visible | ~visible.any(-1, keepdim=True)
+        return attention_probs(q, k, alone, scale).sum(1).masked_fill(~visible, 0)
+
+
 def sparse_mla(
     q_latent: Tensor, q_rope: Tensor, entries: Tensor, indices: Tensor, valid: Tensor, scale: float
 ) -> Tensor:

@@ -1,0 +1,45 @@
+"""The kernels compiled from the C++ sources of this directory, if they have been: see ``build.py``."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+
+_int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "ff_fingerprint": (ctypes.c_char_p, ()),
+    "ff_level": (_int, (_int,)),
+    "ff_matmul": (None, (_int, _long, _at, _at, _long, _long, _at, _long, _at, _int)),
+    "ff_experts": (None, (_int, _long, _at, _long, _at, _long, _long, _at, _at, _long, _float, _at, _int)),
+    "ff_rms_norm": (None, (_at, _at, _at, _at, _long, _long, _float)),
+    "ff_latent_attention": (
+        None,
+        (_at, _int, _at, _long, _long, _at, _at, _long, _at, _at, _at, _int, *[_long] * 6, _float, _at, _int),
+    ),
+    "ff_read_bandwidth": (ctypes.c_double, (_at, _long, _int)),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they were not built, or from other sources than these."""
+    from fourfold.ops.cpu.native import build  # here, so that it can also be run as a program
+
+    if not build.LIBRARY.exists():
+        return None
+    try:
+        loaded = ctypes.CDLL(str(build.LIBRARY))
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        logging.getLogger(__name__).warning("native kernels are left aside: %s", error)
+        return None
+    if loaded.ff_fingerprint().decode() != build.fingerprint():
+        logging.getLogger(__name__).warning(
+            "native kernels are left aside: built from other sources; run python -m fourfold.ops.cpu.native.build"
+        )
+        return None
+    return loaded
