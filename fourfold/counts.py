@@ -417,16 +417,38 @@ def _flops(cfg: ModelConfig, parts: dict[str, float]) -> dict[str, float]:
 
 
 def weight_bytes(cfg: ModelConfig, dtype: str = "bf16") -> dict[str, int]:
-    """Bytes of each part's weights, scales included; int8 and int4 keep the parts of ``KEPT_BF16`` in bf16.
+    """Bytes of each part's weights, scales included; int8 and int4 keep the parts of ``KEPT_BF16`` in bf16, and of the
+    others what :func:`_kept` counts.
 
     Raises ValueError if ``dtype`` is not one of ``WEIGHT_BYTES``.
     """
     if dtype not in WEIGHT_BYTES:
         raise ValueError(f"dtype: {dtype!r} is unknown; choose one of {', '.join(WEIGHT_BYTES)}")
-    quantised = dtype in ("int8", "int4")
+    by_part = count_parameters(cfg)["by_part"]
+    if dtype not in ("int8", "int4"):
+        return {part: round(count * WEIGHT_BYTES[dtype]) for part, count in by_part.items()}
+    kept = dict.fromkeys(by_part, 0) | _kept(cfg) | {part: by_part[part] for part in KEPT_BF16}
+    small, wide = WEIGHT_BYTES[dtype], WEIGHT_BYTES["bf16"]
+    return {part: round((count - kept[part]) * small + kept[part] * wide) for part, count in by_part.items()}
+
+
+def _kept(cfg: ModelConfig) -> dict[str, int]:
+    """Parameters that stay wide in parts that are quantised: the expansion that decoding folds into the queries; and
+    outside the trunk all but the matrices of attention and feed-forward."""
+    a, d, moe = cfg.attention, cfg.hidden_size, cfg.moe
+    expansion = a.num_attention_heads * (a.qk_nope_head_dim + a.v_head_dim) * a.kv_lora_rank if a.kind == "mla" else 0
+    attention = _attention(cfg) - expansion
+
+    def experts(count: int) -> int:
+        return (moe.n_shared_experts + count) * _expert(cfg)
+
+    ffn = experts(moe.n_routed_experts) if _mtp_is_routed(cfg) else 3 * d * cfg.intermediate_size
+    drafted = cfg.drafter.num_layers * (attention + experts(cfg.drafter.n_routed_experts))
+    joined = len(cfg.drafter.target_layer_ids) * d * d if cfg.drafter.num_layers else 0
     return {
-        part: round(count * WEIGHT_BYTES["bf16" if quantised and part in KEPT_BF16 else dtype])
-        for part, count in count_parameters(cfg)["by_part"].items()
+        "attention": cfg.num_hidden_layers * expansion,
+        "mtp": cfg.mtp.num_layers * (_mtp(cfg) - attention - ffn),
+        "drafter": _drafter(cfg) - drafted - joined,
     }
 
 

@@ -428,6 +428,9 @@ def test_weights_in_each_dtype():
     assert int8["routed_experts"] == parameters["routed_experts"] * 130 / 128
     assert int4["routed_experts"] == parameters["routed_experts"] * 18 / 32
     assert int4["norms"] == int8["norms"] == 2 * parameters["norms"]
+    expansions = cfg.attention.num_attention_heads * (cfg.attention.qk_nope_head_dim + cfg.attention.v_head_dim)
+    wide = cfg.num_hidden_layers * expansions * cfg.attention.kv_lora_rank
+    assert int4["attention"] == (parameters["attention"] - wide) * 18 / 32 + 2 * wide
     with pytest.raises(ValueError, match="fp12"):
         weight_bytes(cfg, "fp12")
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fourfold.cli import look, talk, work
+from fourfold.cli import look, quantise, talk, work
 from fourfold.cli.options import Parser
 
 
@@ -48,4 +48,5 @@ def build_parser() -> argparse.ArgumentParser:
     talk.add_commands(command)
     look.add_commands(command)
     work.add_commands(command)
+    quantise.add_commands(command)
     return parser

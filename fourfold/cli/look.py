@@ -113,7 +113,13 @@ def _checkpoint(source: Source) -> dict[str, Any]:
     reader = source.numbers.reader
     names = set(reader.names())
     storage: dict[str, dict[str, int]] = {}
+    stored = _quantised(source, names)
+    for weight, (kind, count) in stored.items():
+        formats = storage.setdefault(part_of(weight), {})
+        formats[kind] = formats.get(kind, 0) + count
     for ours, entry in source.plan.items():
+        if ours.endswith((".codes", ".scales")):
+            continue
         formats = storage.setdefault(part_of(ours), {})
         for leaf in leaves(entry, tuple(source.wanted[ours].shape)):
             if isinstance(leaf.part, Part) and leaf.part.name in names:
@@ -126,6 +132,23 @@ def _checkpoint(source: Source) -> dict[str, Any]:
         "storage": storage,
         "tensors": _listed(reader),
     }
+
+
+def _quantised(source: Source, names: set[str]) -> dict[str, tuple[str, int]]:
+    """Weights of our own files that are stored as codes: their number format, and how many numbers they are."""
+    found = {}
+    if source.quantization is not None:
+        from math import prod
+
+        from fourfold.quant.section import stored_names
+
+        section = source.quantization
+        label = f"int4 in {section.group}s" if section.kind == "int4" else section.kind
+        for weight in section.weights:
+            codes = stored_names(weight)[0]
+            if codes in names:
+                found[weight] = label, prod(source.wanted[codes].shape) * (2 if section.kind == "int4" else 1)
+    return found
 
 
 def _dialect(source: Source) -> str:

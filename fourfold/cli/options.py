@@ -33,6 +33,26 @@ def add_numbers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant", choices=("int8", "int4"), help="quantise the large weights while loading")
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """How the engine of :func:`load_engine` uses the machine."""
+    parser.add_argument(
+        "--memory",
+        type=byte_count,
+        metavar="SIZE",
+        help="what weights, cache and workspace may take together, for example 8GiB (default: a cache of up to 1GiB)",
+    )
+    parser.add_argument("--context-cache", metavar="DIR", help="keep prefixes on disk here, over restarts too")
+    parser.add_argument(
+        "--context-cache-size", type=byte_count, default=10 * 2**30, metavar="SIZE", help="at most so much (10GiB)"
+    )
+    parser.add_argument(
+        "--speculate",
+        choices=("auto", "on", "off"),
+        default="off",
+        help="let the model's MTP block guess tokens ahead; the answers stay the same (default: off)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -42,6 +62,26 @@ def load(args: argparse.Namespace) -> LocalModel:
     import fourfold
 
     return fourfold.load(args.model, dtype=args.dtype, quant=args.quant, progress=sys.stderr.isatty())
+
+
+def load_engine(args: argparse.Namespace) -> LocalModel:
+    """As :func:`load`, with the engine that ``add_engine`` describes; a model too large is refused before loading."""
+    if args.memory is not None:
+        from fourfold.serve.memory import check_weights
+        from fourfold.weights.checkpoint import open_source, resolve
+
+        source = open_source(resolve(args.model))
+        stored = source.quantization and source.quantization.kind
+        dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(args.dtype, args.dtype)
+        check_weights(source.cfg, args.memory, stored or args.quant or dtype or "fp32")
+    model = load(args)
+    model.engine_options = {
+        "memory": args.memory,
+        "context_cache": args.context_cache,
+        "context_cache_size": args.context_cache_size,
+        "speculate": args.speculate,
+    }
+    return model
 
 
 def port(text: str) -> int:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fourfold.cli.options import Command, add_json, add_model, load, port
+from fourfold.cli.options import Command, add_engine, add_json, add_model, load_engine, port
 from fourfold.cli.show import print_json, say
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ CHAT_HELP = """/image F, /audio F, /video F  attach a file to the next message
 def add_commands(command: Command) -> None:
     serve = command("serve", _serve, "answer OpenAI's protocol over HTTP, with a playground")
     add_model(serve)
+    add_engine(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=port, default=8000, help="port to listen on (default: %(default)s)")
     serve.add_argument(
@@ -37,10 +38,12 @@ def add_commands(command: Command) -> None:
 
     chat = command("chat", _chat, "talk to a model in the terminal")
     add_model(chat)
+    add_engine(chat)
     _sampling(chat)
 
     generate = command("generate", _generate, "answer one prompt")
     add_model(generate)
+    add_engine(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message; - reads standard input")
     generate.add_argument("--system", metavar="TEXT", help="what comes before the conversation")
     for kind in MEDIA:
@@ -60,7 +63,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from fourfold.api.server import run_server
 
-    model = load(args)  # the server closes its engine
+    model = load_engine(args)  # the server closes its engine
     run_server(model.engine, Path(args.model).name, host=args.host, port=args.port, api_key=args.api_key)
 
 
@@ -80,7 +83,7 @@ def _generate(args: argparse.Namespace) -> None:
     from fourfold.text.chat import Message
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    with contextlib.closing(load(args)) as model:
+    with contextlib.closing(load_engine(args)) as model:
         media = [decode_media(kind, Path(f), model.config.media) for kind in MEDIA for f in getattr(args, kind)]
         system = [Message("system", args.system)] if args.system else []
         events = model.events([*system, Message("user", [*media, prompt])], **_options(args))
@@ -103,7 +106,7 @@ def _chat(args: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history)
 
-    with contextlib.closing(load(args)) as model:
+    with contextlib.closing(load_engine(args)) as model:
         if sys.stdin.isatty():
             say(f"{args.model} reads {', '.join(('text', *model.config.media.modalities))}. /help lists the commands.")
         _Chat(model, _options(args)).run()

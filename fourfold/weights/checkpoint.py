@@ -26,6 +26,7 @@ from fourfold.fields import ConfigError
 from fourfold.model.transformer import Model
 from fourfold.quant.model import prepare
 from fourfold.quant.modules import QuantizedWeight
+from fourfold.quant.section import SECTION, Quantization, quantization_of
 from fourfold.text.tokenizer import Tokenizer, TokenizerError, compress_vocabulary
 from fourfold.weights.families import DIALECTS, FLOAT32, Family, family_of
 from fourfold.weights.families.entries import Part, Plan, by_disk_name
@@ -80,7 +81,8 @@ def resolve(name: str) -> Path:
 class Source:
     """A checkpoint that is open but not yet read.
 
-    family: None for our own format; plan: our names to disk names; numbers: what is on disk.
+    family: None for our own format; plan: our names to disk names; numbers: what is on disk; quantization: of weights
+    that are stored quantised, in our own format alone.
     """
 
     path: Path
@@ -90,6 +92,7 @@ class Source:
     numbers: Numbers
     plan: Plan
     wanted: dict[str, Tensor]  # our state_dict, on the meta device
+    quantization: Quantization | None = None
 
     def ignored(self, name: str) -> bool:
         return self.family is not None and self.family.ignored(self.cfg, name)
@@ -121,6 +124,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, Family | None, dict[str, Any]
         family = None if native else family_of(values)
         if family is None:
             beside = GENERIC - set(ModelConfig.__dataclass_fields__) if "model_type" in values else frozenset()
+            beside |= {SECTION}
             return ModelConfig.from_dict({k: v for k, v in values.items() if k not in beside}), None, {}
         return family.config(values), family, values
     except ConfigError as error:
@@ -142,13 +146,14 @@ def _open_gguf(path: Path) -> tuple[ModelConfig, Family, TensorReader]:
 def open_source(path: Path) -> Source:
     """Reads configuration and headers, no numbers. Raises CheckpointError that lists the faults of both."""
     path = Path(path)
-    faults, opened, numbers = [], None, None
+    faults, opened, numbers, quantization = [], None, None, None
     if path.suffix == GGUF and not path.is_dir():
         cfg, family, reader = _open_gguf(path)
         opened, numbers = (cfg, family, {}), Numbers(reader)
     else:
         try:
             opened = _read_config(path / "config.json")
+            quantization = _read_quantization(path / "config.json") if opened[1] is None else None
         except CheckpointError as error:
             faults += error.faults
         try:
@@ -160,18 +165,34 @@ def open_source(path: Path) -> Source:
             faults.append(f"{path}: {error}")
     if faults or opened is None or numbers is None:
         raise CheckpointError(*faults)
-    return _source(path, opened[0], opened[1], numbers)
+    return _source(path, opened[0], opened[1], numbers, quantization)
 
 
-def _source(path: Path, cfg: ModelConfig, family: Family | None, numbers: Numbers) -> Source:
+def _read_quantization(path: Path) -> Quantization | None:
+    values = read_config_values(path)
+    try:
+        return Quantization.from_dict(values[SECTION]) if SECTION in values else None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _source(
+    path: Path, cfg: ModelConfig, family: Family | None, numbers: Numbers, quantization: Quantization | None
+) -> Source:
     names = numbers.names()
     dialect = DIALECTS[any(name.startswith("model.") for name in names)]
     if family is not None:
         cfg = _without_absent_heads(cfg, family, dialect, set(names))
     with torch.device("meta"):
-        wanted = Model(cfg).state_dict()
+        model = Model(cfg)
+    if quantization is not None:
+        try:
+            prepare(model, quantization.kind, group=quantization.group, only=quantization.weights)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    wanted = model.state_dict()
     plan: Plan = {name: Part(name) for name in wanted} if family is None else family.plan(cfg, dialect)
-    return Source(path, cfg, family, dialect, numbers, plan, wanted)
+    return Source(path, cfg, family, dialect, numbers, plan, wanted, quantization)
 
 
 def _without_absent_heads(cfg: ModelConfig, family: Family, dialect: str, names: set[str]) -> ModelConfig:
@@ -195,8 +216,9 @@ def load_model(
 ) -> tuple[Model, Tokenizer]:
     """The model, in evaluation mode and of ``dtype`` (buffers and float32 islands keep theirs), and its tokenizer.
 
-    path: a directory of ours, a released one, or a GGUF file; quant: "int8" or "int4", quantised while loading;
-    progress: a bar on the terminal. Raises CheckpointError that lists every fault.
+    path: a directory of ours, a released one, or a GGUF file; quant: "int8", "int4" or "fp8", quantised while loading
+    (files that are quantised already keep their kind); progress: a bar on the terminal. Raises CheckpointError that
+    lists every fault.
     """
     path, faults = Path(path), []
     tokenizer: Tokenizer | None = None
@@ -250,6 +272,12 @@ def _load(
     cfg = source.cfg
     with torch.device("meta"):
         model = Model(cfg)
+    stored = source.quantization
+    if stored is not None:
+        if quant not in (None, stored.kind):
+            return None, [f"the files hold {stored.kind}, which cannot become {quant}"]
+        prepare(model, stored.kind, dtype, group=stored.group, only=stored.weights)
+        quant = None  # nothing is left to be done
     parameters = {name for name, _ in model.named_parameters()}
     derived, faults = derived_tensors(source, tokenizer)
     wanted = {name: tensor for name, tensor in source.wanted.items() if name not in derived}
@@ -272,6 +300,7 @@ def _load(
     with progress_bar(progress, f"loading {source.path.name}", total) as advance:
         faults += stream(plan, wanted, source.numbers, readable, sink_of, advance)
     faults += [fault for name, tensor in tensors.items() if (fault := _bad_choice(name, tensor, cfg))]
+    faults += [fault for name, tensor in tensors.items() if stored and (fault := _bad_codes(name, tensor))]
     if faults or not keep:
         return None, faults
     model.load_state_dict(tensors | derived, assign=True, strict=quant is None)
@@ -279,10 +308,24 @@ def _load(
 
 
 class _QuantisingSink:
+    """fp8 shares scales between rows, so the rows of a matrix wait until it is whole."""
+
     def __init__(self, weight: QuantizedWeight) -> None:
         self.weight = weight
+        self.waiting: Tensor | None = None
+        self.missing = 0
 
     def put(self, leading: tuple[int, ...], start: int, rows: Tensor) -> None:
+        if rows.dim() == 2 and self.weight.kind == "fp8":
+            if self.waiting is None:
+                self.waiting = torch.empty(self.weight.shape[-2:], dtype=torch.float32)
+                self.missing = self.weight.shape[-2]
+            self.waiting[start : start + len(rows)] = rows
+            self.missing -= len(rows)
+            if not self.missing:
+                self.weight.put(leading[0] if leading else None, 0, self.waiting)
+                self.waiting = None
+            return
         if rows.dim() == 3:  # whole experts, as our own files hold them
             for expert, matrix in enumerate(rows, start):
                 self.weight.put(expert, 0, matrix.float())
@@ -329,6 +372,15 @@ def _bad_choice(name: str, tensor: Tensor, cfg: ModelConfig) -> str | None:
     return f"{name} names experts {low} to {high}; there are {cfg.moe.n_routed_experts}"
 
 
+def _bad_codes(name: str, tensor: Tensor) -> str | None:
+    """Codes and scales that no quantiser writes: files that are damaged, or meant otherwise."""
+    if name.endswith(".scales") and tensor.numel() and not bool(tensor.amin() > 0):
+        return f"{name} holds scales that are not positive"
+    if name.endswith(".codes") and tensor.dtype is torch.int8 and tensor.numel() and int(tensor.amin()) == -128:
+        return f"{name} holds -128; codes of int8 are from -127 to 127"
+    return None
+
+
 def _family_name(source: Source) -> str:
     return source.family.model_type if source.family else "our own"
 
@@ -369,17 +421,19 @@ def read_tensors(path: Path, model: Model, dtype: torch.dtype) -> dict[str, Tens
 
 
 def save_model(directory: Path, model: Model, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
-    """Writes a directory of our own in one step: it is there whole or not at all.
+    """Writes a directory of our own in one step: it is there whole or not at all. Quantised weights stay so.
 
     ``dtype``: of the parameters on disk, but for the float32 islands.
     """
+    quantization = quantization_of(model)
+    section = {} if quantization is None else {SECTION: quantization.to_dict()}
     parameters = {name for name, _ in model.named_parameters()}
     tensors = {
         name: (tensor if dtype is None else tensor.to(final_dtype(name, tensor, parameters, dtype))).contiguous()
         for name, tensor in model.state_dict().items()
     }
     with atomic_directory(directory) as partial:
-        write_json(partial / "config.json", {"model_type": NATIVE, **model.cfg.to_dict()})
+        write_json(partial / "config.json", {"model_type": NATIVE, **model.cfg.to_dict(), **section})
         save_file(tensors, partial / "model.safetensors")
         tokenizer.save(partial / "tokenizer.json")
 

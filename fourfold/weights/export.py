@@ -111,6 +111,8 @@ def convert(
     except TokenizerError as error:
         raise CheckpointError(str(error)) from None
     opened = open_source(path)
+    if opened.quantization is not None:
+        raise CheckpointError(f"{path}: holds {opened.quantization.kind}; convert the model that it was made from")
     if family is None:
         family = _fitting(opened.cfg) if opened.family is None else NATIVE
     if storage is None:
@@ -125,8 +127,8 @@ def convert(
     values = read_config_values(path / "config.json") if beside else {}
     total = sum(tensor.numel() for tensor in opened.wanted.values())
     with progress_bar(progress, f"writing {destination.name}", total) as advance:
-        rows = _rows_of(opened, derived)
-        return target.write(destination, rows, tokenizer, shard_bytes, _token_ids(values), beside, advance)
+        rows = rows_of(opened, derived)
+        return target.write(destination, rows, tokenizer, shard_bytes, token_ids_of(values), beside, advance)
 
 
 def require_empty(destination: Path) -> None:
@@ -141,7 +143,7 @@ def _is_wide(source: Source) -> bool:
     return source.numbers.reader.dtype(entry.name) in ("F32", "F64")
 
 
-def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+def token_ids_of(values: Mapping[str, Any]) -> dict[str, Any]:
     inner = values.get("text_config")
     text = inner if isinstance(inner, dict) else {}
     return {name: found for name in TOKENS if (found := values.get(name, text.get(name))) is not None}
@@ -163,7 +165,7 @@ def _fitting(cfg: ModelConfig) -> str:
     )
 
 
-def _rows_of(source: Source, derived: Mapping[str, Tensor]) -> Rows:
+def rows_of(source: Source, derived: Mapping[str, Tensor]) -> Rows:
     """Reads what a range of rows consists of on disk, checked for NaN and infinity."""
 
     def rows(name: str, leading: tuple[int, ...], start: int, stop: int) -> Tensor:
@@ -257,7 +259,7 @@ class _Target:
         try:
             with atomic_directory(directory) as partial:
                 tensors, size = _write_shards(partial, self._encoded(pieces, rows, used, advance), shard_bytes)
-                _write_beside(partial, beside, tokenizer, token_ids)
+                write_beside(partial, beside, tokenizer, token_ids)
                 write_json(partial / "config.json", self._config(tokenizer, token_ids, used))
                 tokenizer.save(partial / "tokenizer.json")
         except OSError as error:
@@ -355,7 +357,7 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], limit:
     return len(index), total
 
 
-def _write_beside(directory: Path, beside: Path | None, tokenizer: Tokenizer, token_ids: dict[str, Any]) -> None:
+def write_beside(directory: Path, beside: Path | None, tokenizer: Tokenizer, token_ids: dict[str, Any]) -> None:
     """How to talk to the model, copied from where it came from; or, for our own tokenizer, written."""
     for name in BESIDE:
         if beside is not None and (beside / name).is_file():

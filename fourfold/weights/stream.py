@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fourfold.weights.families.entries import Leaf, Part, Plan, by_disk_name, disk_shape, leaves
 from fourfold.weights.formats import Block, FormatError, decode_rows, decoded_shape, find_block, scale_name
-from fourfold.weights.tensors import DTYPES, TensorReader
+from fourfold.weights.tensors import DTYPES, NAMES, TensorReader
 
 CHUNK = 1 << 20  # numbers decoded at a time, which bounds the temporaries
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)  # of quantised weights: read as they are, or not at all
 
 
 class Sink(Protocol):
@@ -55,12 +56,16 @@ class Numbers:
             return self.reader.shape(name)
         return decoded_shape(self.reader.read(name), self.reader.read(self._scales[name]))
 
-    def fault(self, name: str, whole: bool) -> str | None:
-        """Why the tensor cannot be read as whole numbers, or as floating-point ones; None if it can."""
+    def fault(self, name: str, wanted: torch.dtype) -> str | None:
+        """Why the tensor cannot be read as codes, whole numbers or floating-point ones; None if it can."""
         if self._decodes_itself:
             return None
         dtype = DTYPES[self.reader.dtype(name)]
-        if whole:
+        if wanted in CODES:
+            return (
+                None if dtype is wanted else f"{name} is stored as {self.reader.dtype(name)}, must be {NAMES[wanted]}"
+            )
+        if not wanted.is_floating_point:
             return None if dtype in WHOLE else f"{name} is stored as {self.reader.dtype(name)}, must be whole numbers"
         try:
             if name in self._scales:
@@ -116,8 +121,7 @@ def missing_and_extra(
     faults += [f"{name} is not part of this model" for name in sorted(names - pieces.keys()) if not ignored(name)]
     readable = set()
     for name in sorted(pieces.keys() & names):
-        whole = not wanted[pieces[name][0].ours].is_floating_point()
-        fault = numbers.fault(name, whole)
+        fault = numbers.fault(name, wanted[pieces[name][0].ours].dtype)
         if fault is None and (shape := numbers.shape(name)) != (want := disk_shape(pieces[name])):
             fault = f"{name} has shape {list(shape)}, the model's is {list(want)}"
         if fault is None:
@@ -164,6 +168,8 @@ def finite(rows: Tensor) -> bool:
     """Without a temporary of the size of ``rows``."""
     if not rows.numel():
         return True
+    if rows.dtype is torch.float8_e4m3fn:  # has no infinity, and one NaN of each sign
+        return not bool(((rows.view(torch.uint8) & 127) == 127).any())
     low, high = rows.aminmax()
     return bool(low.isfinite() and high.isfinite())
 
