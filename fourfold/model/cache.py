@@ -67,15 +67,19 @@ class Layout:
         self.tail_width += width * rows
 
 
-def layout(cfg: ModelConfig) -> Layout:
-    """The cache layout of a model: plain slots for ``mla`` and ``gqa``, entries and tails for the others."""
+def layout(cfg: ModelConfig, mtp: bool = False) -> Layout:
+    """The cache layout of a model: plain slots for ``mla`` and ``gqa``, entries and tails for the others.
+
+    mtp: with slots for the block past the trunk, where that has plain ones.
+    """
     kept = Layout()
     if cfg.attention.is_compressed:
         _lay_out_compressed(cfg, kept)
         return kept
-    for layer in range(cfg.num_hidden_layers):
+    past = [cfg.num_hidden_layers] if mtp else []
+    for layer in [*range(cfg.num_hidden_layers), *past]:
         kept.add_slot(f"layers.{layer}.kv", attention_width(cfg))
-    for layer in indexer_layers(cfg):
+    for layer in [*indexer_layers(cfg), *(past if cfg.indexer.mode != "off" else ())]:
         kept.add_slot(f"layers.{layer}.index", cfg.indexer.head_dim)
     return kept
 
@@ -136,8 +140,9 @@ class PagePool:
         page_size: int = 64,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        mtp: bool = False,
     ) -> None:
-        self.layout = layout(cfg)
+        self.layout = layout(cfg, mtp)
         if n_pages < 1 or page_size < 1 or page_size % self.layout.multiple:
             raise ValueError(
                 f"PagePool: n_pages ({n_pages}) must be at least 1, "

@@ -28,9 +28,13 @@ class MTP(nn.Module):
         self.collapse = collapse(cfg)
         self.norm = RMSNorm(d, cfg.rms_norm_eps)
 
-    def forward(self, streams: Tensor, following: Tensor, ctx: Context) -> Tensor:
-        """streams: [T, n, d], out of the trunk; following: [T, d], embedding of the next token. Returns [T, d]."""
+    def forward(self, streams: Tensor, following: Tensor, ctx: Context, cached: bool = False) -> Tensor:
+        """streams: [T, n, d], out of the trunk; following: [T, d], embedding of the next token. Returns [T, d].
+
+        cached: the block sees and extends its own part of ``ctx.cache``, which must have been laid out with one.
+        """
         z = self.e_proj(self.enorm(following))[:, None] + self.h_proj(self.hnorm(streams))
-        own = dataclasses.replace(ctx, cache=None, probe=None, selection=None, read_weights=None)
+        cache = ctx.cache if cached else None
+        own = dataclasses.replace(ctx, cache=cache, probe=None, selection=None, read_weights=None)
         out: Tensor = self.norm(self.collapse(self.block(z, own), own))
         return out

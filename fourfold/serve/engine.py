@@ -1,44 +1,52 @@
 """The engine: one thread that serves all requests together, one packed forward a step.
 
-A step computes one token of every sequence that decodes and, beside them, at most ``prefill_tokens`` positions
-of prompts, which take turns; so a long prompt delays nobody by more than one chunk. A request is admitted when
-the pages that it may come to need are free or can be freed, so no running request is ever interrupted.
+A step computes the next token of every sequence that decodes and, beside them, at most ``prefill_tokens`` positions
+of prompts, which take turns; so a long prompt delays nobody by more than one chunk. ``scheduler`` says which.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
-from collections import deque
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fourfold.media.processor import build_document
-from fourfold.model.cache import Cache, PagePool, SequenceState, layout, page_numbers
-from fourfold.model.sequence import TEXT, Document, pack
+from fourfold.model.cache import Cache, PagePool
+from fourfold.model.sequence import Document
 from fourfold.model.transformer import Model
-from fourfold.model.vision import after_image
+from fourfold.serve.batch import pack_step
+from fourfold.serve.disk import PageDirectory, fingerprint
+from fourfold.serve.memory import make_budget, size
 from fourfold.serve.prefix import PrefixStore
 from fourfold.serve.request import EngineBusy, EngineError, Failed, Handle, Request, RequestError
 from fourfold.serve.running import Grammar, Running
+from fourfold.serve.sampler import sample_rows
+from fourfold.serve.scheduler import Batch, Scheduler
+from fourfold.serve.speculate import MODES, Speculator, can_speculate
 from fourfold.text.chat import Message, Piece
 from fourfold.text.formats import ChatFormat, default_chat
 from fourfold.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CACHE = 2**30  # bytes
-TAIL_CACHE = 2**28  # bytes that the tails of prefixes may take
+DISK_CACHE = 10 * 2**30  # bytes
 
 
 class Engine:
     """Serves a model to many clients at once, in its ``chat`` format (default: the native one).
 
-    ``pages``: size of the cache in pages of ``page_size`` positions (default: four full contexts, if 1 GiB holds them);
-    ``max_running``: sequences in a step; ``max_waiting``: requests that may queue; ``prefill_tokens``: prompt
-    positions computed in a step. Thread-safe; close it (or use it in a ``with``) to end its thread.
+    ``memory``: bytes that weights, cache and workspace may take together (default: a cache of four full contexts, if
+    1 GiB holds them); ``pages``: size of the cache in pages of ``page_size`` positions, whatever ``memory`` would
+    allow; ``context_cache``: a directory that keeps prefixes on disk, at most ``context_cache_size`` bytes of them;
+    ``speculate``: whether the model's MTP block guesses tokens ahead: "on", "off", or "auto", which is while few
+    sequences decode and the guesses are right; ``max_running``: sequences in a step; ``max_waiting``: requests that may
+    queue; ``prefill_tokens``: prompt positions computed in a step. Thread-safe; close it (or use it in a ``with``) to
+    end its thread.
+
+    Raises MemoryTooSmall if the model does not fit, ValueError or OSError if the directory cannot be used.
     """
 
     def __init__(
@@ -47,33 +55,52 @@ class Engine:
         tokenizer: Tokenizer,
         chat: ChatFormat | None = None,
         *,
+        memory: int | None = None,
         pages: int | None = None,
         page_size: int = 16,
+        context_cache: Path | None = None,
+        context_cache_size: int = DISK_CACHE,
+        speculate: str = "off",
         max_running: int = 32,
         max_waiting: int = 256,
         prefill_tokens: int = 256,
     ) -> None:
+        if speculate not in MODES:
+            raise ValueError(f"speculate: is {speculate!r}; choose one of {', '.join(MODES)}")
+        if speculate == "on" and not can_speculate(model):
+            raise ValueError("speculate: this model has no MTP block whose guesses could be taken back")
+        guesses = speculate != "off" and can_speculate(model)
         parameter = next(model.parameters())
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.chat = chat or default_chat(tokenizer)
         self.config = model.cfg
-        kept = layout(self.config)
-        page_size = math.lcm(page_size, kept.multiple)
-        page_bytes = page_numbers(kept, page_size) * parameter.element_size()
-        four_contexts = -(-4 * self.config.max_position_embeddings // page_size)
-        self.pages = pages or max(1, min(four_contexts, DEFAULT_CACHE // page_bytes))
-        self.page_size = page_size
-        self.max_running = max_running
+        self.budget = make_budget(
+            model, memory=memory, pages=pages, page_size=page_size, positions=prefill_tokens + max_running,
+            sequences=max_running, mtp=guesses,
+        )  # fmt: skip
+        self.pages, self.page_size = self.budget.pages, self.budget.page_size
         self.max_waiting = max_waiting
-        self.prefill_tokens = prefill_tokens
         self._device = parameter.device
-        self._pool = PagePool(self.config, self.pages, page_size, parameter.dtype, parameter.device)
-        self._prefixes = PrefixStore(self._pool, max_tails=max(1, TAIL_CACHE // (4 * kept.tail_width or 1)))
+        self._pool = PagePool(self.config, self.pages, self.page_size, parameter.dtype, parameter.device, guesses)
+        self._speculator = Speculator(model, self._pool, speculate) if guesses else None
+        self._prefixes = PrefixStore(self._pool, self.budget.max_tails)
+        self._disk = None
+        if context_cache is not None:
+            mark = fingerprint(model, self._pool)
+            self._disk = PageDirectory(Path(context_cache), context_cache_size, mark, self._pool)
         self._grammar = Grammar(self.chat, self.config.vocab_size)
-        self._waiting: deque[Running] = deque()
-        self._running: list[Running] = []
         self._changed = threading.Condition()
+        self._scheduler = Scheduler(
+            self._pool,
+            self._prefixes,
+            self._changed,
+            max_running=max_running,
+            prefill_tokens=prefill_tokens,
+            whole_images=self.config.media.vision is not None,
+            disk=self._disk,
+        )
+        self._submitted = self._steps = 0
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="fourfold-engine", daemon=True)
         self._thread.start()
@@ -89,14 +116,22 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     def stats(self) -> dict[str, int]:
-        """Requests ``running`` and ``waiting``; pages in all, ``free``, and ``cached`` for prefixes."""
-        return {
-            "running": len(self._running),
-            "waiting": len(self._waiting),
+        """Requests ``running`` and ``waiting``; pages in all, ``free``, and ``cached`` for prefixes, in memory and on
+        disk (with its bytes); since the start: ``steps``, and ``preemptions`` of requests."""
+        stats = {
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
             "pages": self.pages,
             "free_pages": self._pool.free,
             "cached_pages": len(self._prefixes),
+            "steps": self._steps,
+            "preemptions": self._scheduler.preemptions,
         }
+        if self._disk is not None:
+            stats |= {"disk_pages": len(self._disk), "disk_bytes": self._disk.used}
+        if self._speculator is not None:
+            stats |= {"drafted_tokens": self._speculator.drafted, "accepted_tokens": self._speculator.accepted}
+        return stats
 
     def encode(
         self,
@@ -119,13 +154,14 @@ class Engine:
         """Queues a request. Raises RequestError if it can never fit, EngineBusy or EngineError if it is not taken."""
         max_tokens, budget = self._measure(request)
         handle = Handle()
-        running = Running(request, handle, max_tokens, budget, self._grammar)
         with self._changed:
             if not self.alive:
                 raise EngineError("the engine has stopped")
-            if len(self._waiting) >= self.max_waiting:
-                raise EngineBusy(f"{len(self._waiting)} requests are waiting already; try again later")
-            self._waiting.append(running)
+            waiting = self._scheduler.waiting
+            if len(waiting) >= self.max_waiting:
+                raise EngineBusy(f"{len(waiting)} requests are waiting already; try again later")
+            self._submitted += 1
+            waiting.append(Running(request, handle, max_tokens, budget, self._grammar, self._submitted))
             self._changed.notify()
         return handle
 
@@ -135,142 +171,71 @@ class Engine:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        if self._speculator is not None:
+            self._speculator.close()
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = self._scheduler.disk = None
 
     def _measure(self, request: Request) -> tuple[int, int]:
         """How many tokens the answer may have, and how many pages prompt and answer may take."""
         context, prompt = self.config.max_position_embeddings, len(request.prompt)
         if prompt >= context:
             raise RequestError("prompt", f"has {prompt} tokens; the context holds {context}, the answer included")
-        max_tokens = request.max_tokens or context - prompt
+        held = self.pages * self.page_size  # the last token of an answer is never fed back, so one more is possible
+        if prompt > held:
+            raise RequestError("prompt", f"has {prompt} tokens; {self._lack(prompt)}")
+        max_tokens = request.max_tokens or min(context, held + 1) - prompt
         if prompt + max_tokens > context:
             raise RequestError(
                 "max_tokens",
                 f"is {max_tokens}; the prompt has {prompt} tokens and the context holds {context}, "
                 f"so at most {context - prompt} are possible",
             )
-        budget = self._pool.pages_for(prompt + max_tokens - 1)  # the last token is never fed back
-        if budget > self.pages:
+        if prompt + max_tokens - 1 > held:
             raise RequestError(
                 "max_tokens",
-                f"is {max_tokens}; with a prompt of {prompt} tokens this takes {budget} cache pages of "
-                f"{self.page_size} positions, and the cache has {self.pages}",
+                f"is {max_tokens}; with a prompt of {prompt} tokens {self._lack(prompt + max_tokens - 1)}, "
+                f"so at most {held + 1 - prompt} are possible",
             )
-        return max_tokens, budget
+        return max_tokens, self._pool.pages_for(prompt + max_tokens - 1)
+
+    def _lack(self, positions: int) -> str:
+        wanted = self._pool.pages_for(positions)
+        return (
+            f"this takes {wanted} cache pages of {self.page_size} positions, and the cache has {self.pages} "
+            f"({size(wanted * self.budget.page)} needed, {size(self.pages * self.budget.page)} available)"
+        )
 
     def _work(self) -> None:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closing or self._waiting or self._running)
+                    self._changed.wait_for(lambda: self._closing or self._scheduler.waiting or self._scheduler.running)
                 if self._closing:
                     return
-                self._step()
+                if batch := self._scheduler.next_batch():
+                    self._steps += 1
+                    self._forward(batch)
         except Exception:  # a fault of the engine itself: nothing can be trusted any more
             log.exception("the engine has stopped")
         finally:
             with self._changed:
                 self._closing = True
-                left = [*self._running, *self._waiting]
-                self._running.clear()
-                self._waiting.clear()
+                left = [*self._scheduler.running, *self._scheduler.waiting]
+                self._scheduler.running.clear()
+                self._scheduler.waiting.clear()
             for running in left:
                 running.handle.put(Failed(EngineError("the engine has stopped")))
 
-    def _step(self) -> None:
-        self._drop_cancelled()
-        self._admit()
-        batch = [(r, r.chunk(1)) for r in self._running if not r.prefilling]
-        left = self.prefill_tokens
-        prefilling = [r for r in self._running if r.prefilling]
-        for running in prefilling:
-            if left <= 0:
-                break
-            self._reuse(running)
-            chunk = running.chunk(self._portion(running, left))
-            left -= len(chunk)
-            batch.append((running, chunk))
-            self._running.remove(running)  # to the end of the line: prompts take turns
-            self._running.append(running)
-        if batch:
-            self._forward(batch)
-
-    def _drop_cancelled(self) -> None:
-        for running in [r for r in self._running if r.handle.cancelled]:
-            running.finish("cancelled")
-            self._retire(running)
-        with self._changed:
-            dropped = [r for r in self._waiting if r.handle.cancelled]
-            for running in dropped:
-                self._waiting.remove(running)
-        for running in dropped:
-            running.finish("cancelled")
-
-    def _admit(self) -> None:
-        """Takes waiting requests in, first come first served, while every page they may need is sure to be there."""
-        while self._waiting and len(self._running) < self.max_running:
-            running = self._waiting[0]
-            self._reuse(running)
-            promised = sum(r.budget - len(r.state.pages) for r in [*self._running, running])
-            if promised > self._pool.free + self._prefixes.evictable:
-                self._release(running)
-                return
-            with self._changed:
-                self._waiting.popleft()
-            self._running.append(running)
-
-    def _reuse(self, running: Running) -> None:
-        """Takes over cached pages that hold the next positions of the prompt; the last one is always computed."""
-        state, prompt, size = running.state, running.request.prompt, self.page_size
-        if state.length % size:
-            return
-        found: list[int] = []
-        usable, tail = 0, None
-        while state.length + (len(found) + 1) * size < len(prompt):
-            key = running.key(state.length // size + len(found), size)
-            page = self._prefixes.get(key)
-            if page is None:
-                break
-            found.append(page)
-            if self._cuts_image(prompt, state.length + len(found) * size):
-                continue
-            if not self._pool.layout.tail_width:
-                usable = len(found)
-            elif (known := self._prefixes.tail(key)) is not None:
-                usable, tail = len(found), known
-        if not usable:
-            return
-        self._pool.retain(found[:usable])
-        state.pages += found[:usable]
-        content = prompt.slice(state.length, state.length + usable * size)
-        state.history += torch.where(content.modality == TEXT, content.tokens, -1).tolist()
-        state.length += usable * size
-        state.tail = tail
-        running.cached += usable * size
-        running.published += usable
-
-    def _portion(self, running: Running, limit: int) -> int:
-        """How much of a prompt to compute now: to the end of a page where there is a tail, so that it can be kept, and
-        past the end of an image that a tower must see whole."""
-        start, prompt = running.state.length, running.request.prompt
-        stop = min(start + limit, len(prompt))
-        if self._pool.layout.tail_width:
-            ends = range(stop - stop % self.page_size, start, -self.page_size)
-            stop = next((end for end in ends if not self._cuts_image(prompt, end)), stop)
-        return (after_image(prompt, stop) if self._cuts_image(prompt, stop) else stop) - start
-
-    def _cuts_image(self, prompt: Document, position: int) -> bool:
-        """Whether a chunk that ends before ``position`` would hold a part of an image, which a tower cannot see."""
-        return self.config.media.vision is not None and after_image(prompt, position) != position
-
-    def _forward(self, batch: list[tuple[Running, Document]]) -> None:
+    def _forward(self, batch: Batch) -> None:
         """Computes the chunks together. If that fails, each one alone, so that only the guilty request fails."""
         before = [(r.state.length, len(r.state.history), r.state.tail) for r, _ in batch]
         try:
             states = [r.state for r, _ in batch]
-            self._prefixes.make_room(sum(self._new_pages(r, chunk) for r, chunk in batch))
-            packed = pack([chunk for _, chunk in batch], starts=[s.length for s in states]).to(self._device)
+            packed = pack_step([chunk for _, chunk in batch], [s.length for s in states]).to(self._device)
             with torch.inference_mode():
-                logits = self.model(packed, cache=Cache(self._pool, states), logits="last").logits.float().cpu()
+                logits = self.model(packed, cache=Cache(self._pool, states), logits="target").logits.float().cpu()
         except Exception as error:
             for (running, _), (length, history, tail) in zip(batch, before, strict=True):
                 running.state.length, running.state.tail = length, tail
@@ -281,43 +246,78 @@ class Engine:
             else:
                 self._fail(batch[0][0], error)
             return
-        for (running, _), row in zip(batch, logits, strict=True):
-            self._advance(running, row)
+        self._advance(batch, [length for length, _, _ in before], logits)
 
-    def _new_pages(self, running: Running, chunk: Document) -> int:
-        return self._pool.pages_for(running.state.length + len(chunk)) - len(running.state.pages)
+    def _advance(self, batch: Batch, starts: list[int], logits: Tensor) -> None:
+        """Takes the next tokens of each sequence that is computed so far and publishes the pages that are full now.
 
-    def _advance(self, running: Running, logits: Tensor) -> None:
-        """Publishes the pages that are full now and, once the prompt is computed, takes the next token."""
-        try:
-            if not torch.isfinite(logits).all():
-                raise FloatingPointError("the model's output is not finite")
-            full = running.state.length // self.page_size
-            for number in range(running.published, full):
-                ends_here = (number + 1) * self.page_size == running.state.length
-                tail = running.state.tail if ends_here else None
-                self._prefixes.put(running.key(number, self.page_size), running.state.pages[number], tail)
-            running.published = full
-            if not running.prefilling and running.accept(logits):
-                self._retire(running)
-        except Exception as error:
-            self._fail(running, error)
+        starts: the length of each before; logits: [rows, vocab], a row for each id or for a document's last position.
+        """
+        finite = logits.isfinite().all(-1).tolist()
+        first, row, at, begins = [], 0, 0, []
+        for _, chunk in batch:
+            first.append(row)
+            begins.append(at)
+            row += len(chunk) if isinstance(chunk, list) else 1
+            at += len(chunk)
+        good = []
+        for n, (running, _) in enumerate(batch):
+            if all(finite[first[n] : first[n + 1] if n + 1 < len(first) else row]):
+                good.append(n)
+            else:
+                self._fail(running, FloatingPointError("the model's output is not finite"))
+        ready = [n for n in good if batch[n][0].state.length >= batch[n][0].total]
+        ended = self._extend([batch[n][0] for n in ready], logits[[first[n] for n in ready]])
+        right = [n for n in ready if batch[n][0].draft is not None and self._settle(batch[n][0], ended)]
+        if right:
+            ended |= self._extend([batch[n][0] for n in right], logits[[first[n] + 1 for n in right]])
+        running_now = set(self._scheduler.running)
+        for n in good:
+            running = batch[n][0]
+            if running in running_now:
+                self._scheduler.publish(running)
+                if reason := ended.get(running):
+                    running_now.discard(running)
+                    self._scheduler.retire(running)
+                    running.finish(reason)
+        if self._speculator is not None:
+            left = [(batch[n][0], begins[n], starts[n]) for n in good if batch[n][0] in running_now]
+            try:
+                self._speculator.guess(left)
+            except Exception:  # an answer needs no guesses
+                log.exception("guessing tokens ahead failed")
+
+    def _settle(self, running: Running, ended: dict[Running, str]) -> bool:
+        """Whether the guess was right, and the answer goes on after it."""
+        if running not in self._scheduler.running:  # it has failed
+            return False
+        right = running.settle_draft()
+        assert self._speculator is not None
+        self._speculator.settled(right)
+        return right and running not in ended
+
+    def _extend(self, batch: list[Running], logits: Tensor) -> dict[Running, str]:
+        """Chooses the next token of each sequence. Returns those that end with it, and why.
+
+        logits: [len(batch), vocab].
+        """
+        forced = [running.forced() for running in batch]
+        free = [row for row, id in enumerate(forced) if id is None]
+        sampled = sample_rows(logits[free], [batch[row].choice() for row in free]) if free else []
+        ids = dict(zip(free, sampled, strict=True))
+        ended = {}
+        for row, running in enumerate(batch):
+            try:
+                if reason := running.accept(ids.get(row, forced[row] or 0), forced[row] is not None):
+                    ended[running] = reason
+            except Exception as error:
+                self._fail(running, error)
+        return ended
 
     def _fail(self, running: Running, error: Exception) -> None:
         log.error("a request failed", exc_info=error)
-        running.handle.put(Failed(EngineError(f"the model failed on this request: {error}")))
         # Not-finite numbers must not stay behind: masked positions of a page's next owner would spread them.
         own = [page for page in running.state.pages if self._pool.references(page) == 1]
         self._pool.data[own] = 0
-        self._retire(running)
-
-    def _retire(self, running: Running) -> None:
-        self._running.remove(running)
-        self._prefixes.touch(running.keys)
-        self._release(running)
-
-    def _release(self, running: Running) -> None:
-        """Gives all pages back, as if nothing had been computed."""
-        self._pool.release(running.state.pages)
-        running.state = SequenceState()
-        running.cached = running.published = 0
+        self._scheduler.retire(running)
+        running.handle.put(Failed(EngineError(f"the model failed on this request: {error}")))

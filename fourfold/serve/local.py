@@ -66,7 +66,10 @@ def _chat(path: Path, tokenizer: Tokenizer) -> ChatFormat:
 
 
 class LocalModel:
-    """Model, tokenizer, chat format and config, with an engine that starts at the first ``generate``."""
+    """Model, tokenizer, chat format and config, with an engine that starts at the first ``generate``.
+
+    ``engine_options``: arguments of that engine, to be set before.
+    """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, name: str = "", chat: ChatFormat | None = None) -> None:
         self.name = name
@@ -74,6 +77,7 @@ class LocalModel:
         self.tokenizer = tokenizer
         self.chat = chat or default_chat(tokenizer)
         self.path: Path | None = None
+        self.engine_options: dict[str, Any] = {}
         self.config = model.cfg
 
     @classmethod
@@ -95,7 +99,7 @@ class LocalModel:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model, self.tokenizer, self.chat)
+        return Engine(self.model, self.tokenizer, self.chat, **self.engine_options)
 
     def close(self) -> None:
         """Ends the engine's thread, if it was started."""

@@ -8,7 +8,9 @@ comparing anything else.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
+from itertools import islice
 
 import torch
 
@@ -32,6 +34,14 @@ def page_key(previous: bytes, page: Document) -> bytes:
             digest.update(f"{name} {len(patches.index)} ".encode())
             for part in (patches.index, patches.values, patches.coords):
                 digest.update(part.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def text_key(previous: bytes, ids: list[int]) -> bytes:
+    """As :func:`page_key` of ``Document.text(ids)``, without making one."""
+    digest = hashlib.sha256(previous)
+    digest.update(array("q", ids).tobytes())
+    digest.update(bytes(16 * len(ids)))  # the modality is text and there are no marks: zeros
     return digest.digest()
 
 
@@ -83,7 +93,7 @@ class PrefixStore:
             self._pool.retain([page])
             self._pages[key] = page
         if tail is not None:
-            self._tails[key] = tail
+            self._tails[key] = tail.clone()  # of its own: it may be a row of all the tails of a step
             self._tails.move_to_end(key)
             while len(self._tails) > self._max_tails:
                 self._tails.popitem(last=False)
@@ -96,12 +106,11 @@ class PrefixStore:
 
     def make_room(self, pages: int) -> None:
         """Gives pages up until the pool has ``pages`` free ones, or none is left to give."""
-        if self._pool.free >= pages:
+        wanted = pages - self._pool.free
+        if wanted <= 0:
             return
-        for key, page in list(self._pages.items()):
-            if self._pool.references(page) == 1:
-                del self._pages[key]
-                self._tails.pop(key, None)
-                self._pool.release([page])
-                if self._pool.free >= pages:
-                    return
+        victims = islice(((k, p) for k, p in self._pages.items() if self._pool.references(p) == 1), wanted)
+        for key, page in list(victims):
+            del self._pages[key]
+            self._tails.pop(key, None)
+            self._pool.release([page])

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.serve.request import RequestError, Sampling
-from fourfold.serve.sampler import StopFilter, make_generator, sample
+from fourfold.serve.sampler import Choice, StopFilter, make_generator, sample, sample_rows
 
 NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -48,6 +48,55 @@ def test_noise_in_the_last_bits_does_not_change_the_draws():
     logits = torch.randn(200, generator=torch.Generator().manual_seed(0))
     noise = 1e-6 * torch.randn(200, generator=torch.Generator().manual_seed(1))
     assert torch.equal(draw(logits, 300, top_p=0.9), draw(logits + noise, 300, top_p=0.9))
+
+
+def plain_sample(logits, sampling, point, banned):
+    """One row, written down as plainly as it can be."""
+    logits = logits.double().index_fill(0, banned, -torch.inf)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    p = torch.softmax(logits / sampling.temperature, -1)
+    if sampling.top_k:
+        p[p < p.sort(descending=True).values[: sampling.top_k][-1]] = 0
+    order = p.argsort(descending=True, stable=True).tolist()
+    kept, mass, whole = set(), 0.0, float(p.sum())
+    for id in order:
+        if mass >= sampling.top_p * whole and sampling.top_p < 1:
+            break
+        kept.add(id)
+        mass += float(p[id])
+    total = sum(float(p[id]) for id in kept)
+    passed = 0.0
+    for id in range(len(p)):
+        passed += float(p[id]) if id in kept else 0.0
+        if passed > point * total:
+            return id
+    return max(kept)
+
+
+@pytest.mark.parametrize("nucleus", [4, 256])
+def test_rows_are_drawn_as_one_by_one(nucleus, monkeypatch):
+    monkeypatch.setattr("fourfold.serve.sampler.NUCLEUS", nucleus)
+    torch.manual_seed(3)
+    options = [
+        {"temperature": 0},
+        {},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"top_k": 5},
+        {"top_k": 12, "top_p": 0.5},
+        {"temperature": 1.7, "top_k": 400},
+    ]
+    none, some = NONE, torch.arange(0, 90, 3)
+    for turn in range(40):
+        logits = 3 * torch.randn(17, 90)
+        rows = [
+            Choice(Sampling(**options[(n + turn) % 6]), (none, some)[n % 2], float(torch.rand(()))) for n in range(17)
+        ]
+        wanted = [plain_sample(row, c.sampling, c.point, c.banned) for row, c in zip(logits, rows, strict=True)]
+        before = logits.clone()
+        assert sample_rows(logits, rows) == wanted
+        assert torch.equal(logits, before)
+        assert [sample_rows(row[None], [c])[0] for row, c in zip(logits, rows, strict=True)] == wanted
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,0 +1,82 @@
+"""Whatever the engine does to a request, its greedy tokens are those of the plain model."""
+
+import tempfile
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fourfold.config import ModelConfig
+from fourfold.model.sequence import Document, pack
+from fourfold.model.transformer import Model
+from fourfold.serve.engine import Engine
+from fourfold.serve.running import Grammar
+from fourfold.text.formats import default_chat
+from tests.serve.test_engine import collect, request
+from tests.serve.test_tails import COMPRESSED
+from tests.serve.tiny import TINY, tiny_model, tiny_tokenizer
+
+STEMS = [[20 + (n * k) % 230 for n in range(70)] for k in (1, 7, 11)]
+
+
+@cache
+def made(kind):
+    if kind == "compressed":
+        torch.manual_seed(0)
+        model = Model(ModelConfig.from_dict({**TINY, "attention": COMPRESSED, "engram": {}, "media": {}}))
+    elif kind == "guessing":
+        torch.manual_seed(0)
+        model = Model(ModelConfig.from_dict({**TINY, "mtp": {"num_layers": 1}}))
+    else:
+        model = tiny_model()
+    tokenizer = tiny_tokenizer()
+    return model.eval(), tokenizer, Grammar(default_chat(tokenizer), model.cfg.vocab_size)
+
+
+@cache
+def plain(kind, ids, count):
+    """The greedy answer, each token from a forward over everything before it."""
+    model, tokenizer, grammar = made(kind)
+    said: list[int] = []
+    banned = grammar.banned("content", False)
+    with torch.inference_mode():
+        while len(said) < count and not grammar.stops & set(said):
+            logits = model(pack([Document.text([*ids, *said])]), logits="last").logits[0]
+            said.append(int(logits.index_fill(0, banned, -torch.inf).argmax()))
+    text = tokenizer.decode(said)
+    return len(said), text.replace("\ufffd", "")
+
+
+PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 70), st.integers(0, 3), st.integers(1, 14))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("kind", ["sparse", "compressed", "guessing"])
+@given(
+    asked=st.lists(PROMPTS, min_size=1, max_size=8),
+    prefill=st.sampled_from([5, 16, 64]),
+    pages=st.sampled_from([12, 16, 40]),
+    running=st.sampled_from([1, 3, 8]),
+    restart=st.booleans(),
+)
+def test_greedy_tokens_are_those_of_the_plain_model(kind, asked, prefill, pages, running, restart):
+    model, tokenizer, _ = made(kind)
+    cases = [((*STEMS[stem][:length], *range(30, 30 + more)), count) for stem, length, more, count in asked]
+    with tempfile.TemporaryDirectory() as directory:
+        guesses = "on" if kind == "guessing" else "off"
+        options = {
+            "speculate": guesses,
+            "page_size": 8,
+            "pages": pages,
+            "prefill_tokens": prefill,
+            "max_running": running,
+        }
+        for _ in range(1 + restart):  # the second time what memory and disk kept is there
+            with Engine(model, tokenizer, context_cache=directory, **options) as engine:
+                handles = [engine.submit(request(Document.text(ids), count)) for ids, count in cases]
+                for handle, (ids, count) in zip(handles, cases, strict=True):
+                    deltas, finished = collect(handle)
+                    text = "".join(t for _, t in deltas).replace("\ufffd", "")
+                    assert (finished.usage.completion_tokens, text) == plain(kind, ids, count)
