@@ -112,7 +112,8 @@ def test_linear_over_random_shapes_and_sizes(form, rows, columns, m, size):
     x = size * torch.randn(m, columns, generator=torch.Generator().manual_seed(rows))
     exact = reference.quantized_linear(x.double(), weight)
     got = ops.quantized_linear(x, ops.pack_weight(weight.codes, weight)).double()
-    assert (got - exact).norm() <= 1e-2 * (x.double().norm() * weight.dequantize().double().norm() / rows**0.5)
+    usual = x.double().norm() * weight.dequantize().double().norm() / columns**0.5  # norm of what comes out
+    assert (got - exact).norm() <= 1e-2 * (1 + 3 * exact.numel() ** -0.5) * usual  # a few numbers alone vary more
 
 
 def test_zeros_outliers_and_what_is_not_a_number(kernels):
