@@ -22,6 +22,8 @@ ONEDNN = torch.backends.mkldnn.is_available()
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b^T``. a: [m, k]; b: [n, k], of any strides. Returns [m, n]."""
     if a.dtype == torch.float32 and ONEDNN:
+        if b.stride() not in ((b.shape[1], 1), (1, b.shape[0])):
+            b = b.contiguous()  # oneDNN has no kernel for others, and takes a thousand times as long without one
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return out
     return a @ b.T
