@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold import ops
@@ -21,6 +20,7 @@ from fourfold.model.dspark import Drafter
 from fourfold.model.embedders import MediaEmbedder
 from fourfold.model.engram import Engram, TokenCompression
 from fourfold.model.indexer import Indexer
+from fourfold.model.linear import Linear
 from fourfold.model.mla import MLA
 from fourfold.model.moe import MoE
 from fourfold.model.mtp import MTP
@@ -68,7 +68,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_hidden_layers))
         self.collapse = collapse(cfg)
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.mtp = MTP(cfg) if cfg.mtp.num_layers else None
         self.drafter = Drafter(cfg) if cfg.drafter.num_layers else None
         for name, module in self.named_modules():
@@ -167,7 +167,7 @@ class Model(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32. hidden: [..., d], normalised."""
-        logits = F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        logits = ops.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
         return ops.at_least_float32(logits)
 
     def context(self, packed: Packed, cache: Cache | None, probe: Probe | None) -> Context:

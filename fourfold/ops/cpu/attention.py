@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
+from fourfold.ops.cpu import native
 from fourfold.ops.cpu.linear import product
 from fourfold.ops.reference.norm import at_least_float32
 
@@ -27,7 +28,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, si
     """See :func:`fourfold.ops.reference.attention`."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if (learns or sinks is not None) and q.shape[1] >= BLOCK // 2:
-        out: Tensor = _Attention.apply(q, k, v, visible, scale, sinks)  # type: ignore[no-untyped-call]
+        compiled = q.dtype != torch.float64 and native.library() is not None
+        way = _Native if compiled else _Attention
+        out: Tensor = way.apply(q, k, v, visible, scale, sinks)  # type: ignore[no-untyped-call]
         return out
     if sinks is not None:  # the fused kernel knows no sink
         return reference.attention(q, k, v, visible, scale, sinks)
@@ -97,6 +100,66 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return probs.div_(total), top + total.log()
 
 
+class _Native(torch.autograd.Function):
+    """The compiled kernels, float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        wide = [t.float().contiguous() for t in (q, k, v)]
+        visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+        out = torch.empty(*q.shape[:3], v.shape[-1])
+        logs = torch.empty(q.shape[:3])
+        fine = None if sinks is None else sinks.detach().float().contiguous()
+        native.library().ff_attention(
+            *(t.data_ptr() for t in wide),
+            *_where(visible),
+            None if fine is None else fine.data_ptr(),
+            *(t.data_ptr() for t in (out, logs)),
+            *_sizes(q, k, v),
+            scale,
+            torch.get_num_threads(),
+        )
+        ctx.save_for_backward(q, k, v, visible, sinks, out, logs)
+        ctx.scale = scale
+        return out.to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, visible, sinks, out, logs = ctx.saved_tensors
+        q, k, v, g = (t.float().contiguous() for t in (*saved, grads[0]))
+        inner, dq, (dk, dv) = torch.empty_like(logs), torch.empty_like(q), (torch.zeros(*t.shape[:2], q.shape[2], t.shape[3]) for t in (k, v))
+        native.library().ff_attention_backward(
+            *(t.data_ptr() for t in (q, k, v)),
+            *_where(visible),
+            *(t.data_ptr() for t in (out, logs, g, inner, dq, dk, dv)),
+            *_sizes(q, k, v),
+            ctx.scale,
+            torch.get_num_threads(),
+        )
+        if k.shape[2] < q.shape[2]:
+            dk, dv = (d.unflatten(2, (k.shape[2], -1)).sum(3) for d in (dk, dv))
+        dq, dk, dv = (d.to(t.dtype) for d, t in zip((dq, dk, dv), saved, strict=True))
+        return dq, dk, dv, None, None, _sink_gradient(sinks, logs, inner)
+
+
+def _where(visible: Tensor) -> tuple[int, int, int]:
+    return visible.data_ptr(), visible.stride(0), visible.stride(1)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Batch, queries, keys, heads, groups of heads, features of a key and of a value."""
+    return (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], v.shape[-1])
+
+
+def _sink_gradient(sinks: Tensor | None, logs: Tensor, inner: Tensor) -> Tensor | None:
+    if sinks is None:
+        return None
+    return -((sinks.to(logs.dtype) - logs).exp() * inner).sum((0, 1)).to(sinks.dtype)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -134,8 +197,5 @@ class _Attention(torch.autograd.Function):
                 dq[batch, queries, heads] = product(dscores, some_k.T).view(*probs.shape[:2], -1)
                 dk[batch, :, group].index_add_(0, keys, product(dscores.T, rows.T))
                 dv[batch, :, group].index_add_(0, keys, product(probs.flatten(0, 1).T, g_rows.T))
-        dsinks = None
-        if sinks is not None:
-            dsinks = -((sinks.to(logs.dtype) - logs).exp() * inner).sum((0, 1)).to(sinks.dtype)
         dq, dk, dv = (d.to(t.dtype) for d, t in zip((dq, dk, dv), saved, strict=True))
-        return dq, dk, dv, None, None, dsinks
+        return dq, dk, dv, None, None, _sink_gradient(sinks, logs, inner)

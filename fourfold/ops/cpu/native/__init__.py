@@ -11,6 +11,8 @@ _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ff_fingerprint": (ctypes.c_char_p, ()),
     "ff_level": (_int, (_int,)),
+    "ff_attention": (None, (*[_at] * 4, _long, _long, *[_at] * 3, *[_long] * 7, _float, _int)),
+    "ff_attention_backward": (None, (*[_at] * 4, _long, _long, *[_at] * 7, *[_long] * 7, _float, _int)),
     "ff_matmul": (None, (_int, _long, _at, _at, _long, _long, _at, _long, _at, _int)),
     "ff_experts": (None, (_int, _long, _at, _long, _at, _long, _long, _at, _at, _long, _float, _at, _int)),
     "ff_rms_norm": (None, (_at, _at, _at, _at, _long, _long, _float)),
