@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -176,6 +177,7 @@ def compiled(step: Callable[[Callable[..., Any]], Step], model: nn.Module) -> tu
 
 
 def measure(kind: str, size: dict[str, int], bf16: bool, repeats: int, compile_too: bool) -> dict[str, dict[str, Any]]:
+    print(f"{kind}, {'bf16 autocast' if bf16 else 'float32'}: the peer's experts ...", file=sys.stderr)
     name, said = best_implementation(kind, size, bf16)
     numbers = "bf16 autocast" if bf16 else "float32"
     tokens = size["rows"] * size["row"]
@@ -214,6 +216,7 @@ def measure(kind: str, size: dict[str, int], bf16: bool, repeats: int, compile_t
         raise SystemExit(f"{kind}, {numbers}: the two do not do the same, first losses {first}")
     cases[f"{kind}, {numbers}, eager"] = report(steps, first_loss=first)
     if compile_too:
+        print(f"{kind}, {numbers}: compiling ...", file=sys.stderr)
         os.environ["FOURFOLD_BACKEND"] = "reference"  # what torch.compile can look into
         done = {family: compiled(step, model) for family, (model, step) in pairs.items()}
         notes = {family: note for family, (_, note) in done.items()}
