@@ -130,7 +130,11 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *saved, visible, sinks, out, logs = ctx.saved_tensors
         q, k, v, g = (t.float().contiguous() for t in (*saved, grads[0]))
-        inner, dq, (dk, dv) = torch.empty_like(logs), torch.empty_like(q), (torch.zeros(*t.shape[:2], q.shape[2], t.shape[3]) for t in (k, v))
+        inner, dq, (dk, dv) = (
+            torch.empty_like(logs),
+            torch.empty_like(q),
+            (torch.zeros(*t.shape[:2], q.shape[2], t.shape[3]) for t in (k, v)),
+        )
         native.library().ff_attention_backward(
             *(t.data_ptr() for t in (q, k, v)),
             *_where(visible),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
-from fourfold.ops.cpu.linear import linear
+from fourfold.ops.cpu.linear import product
 from fourfold.ops.reference.norm import at_least_float32
 
 LONG = 1024  # tokens from which a compiled pass pays: training batches, not the chunks of a server's prefill
@@ -35,24 +35,50 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 class _Maps(torch.autograd.Function):
+    """The norm is taken out of the product, which then reads x [T, n d] as it is."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, n: int, iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        total = len(hidden)
-        pre, post, comb = hidden.new_empty(total, n), hidden.new_empty(total, n), hidden.new_empty(total, n, n)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        n: int,
+        iterations: int,
+        eps: float,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total, width = x.shape
+        mixed = product(x, fn)
+        inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(width).add_(norm_eps).rsqrt_()
+        spread = scale.repeat_interleave(_widths(n))
+        hidden = torch.addcmul(base, mixed * inverse, spread)
+        pre, post, comb = x.new_empty(total, n), x.new_empty(total, n), x.new_empty(total, n, n)
         _kernels().maps(hidden.numpy(), pre.numpy(), post.numpy(), comb.numpy(), iterations, eps)
-        ctx.save_for_backward(hidden, pre, post)
+        ctx.save_for_backward(x, fn, spread, mixed, inverse, hidden, pre, post)
         ctx.n, ctx.iterations, ctx.eps = n, iterations, eps
         return pre, post, comb
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        hidden, pre, post = ctx.saved_tensors
-        out = torch.empty_like(hidden)
-        arrays = [g.contiguous().numpy() for g in grads]
-        saved = [t.numpy() for t in (hidden, pre, post)]
-        _kernels().maps_backward(*saved, *arrays, out.numpy(), ctx.n, ctx.iterations, ctx.eps)
-        return out, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, fn, spread, mixed, inverse, hidden, pre, post = ctx.saved_tensors
+        g = torch.empty_like(hidden)
+        arrays = [t.contiguous().numpy() for t in (hidden, pre, post, *grads, g)]
+        _kernels().maps_backward(*arrays, ctx.n, ctx.iterations, ctx.eps)
+        dscale = torch.stack([part.sum() for part in (g * mixed * inverse).split(_widths(ctx.n).tolist(), dim=1)])
+        dnormed = g * spread
+        dmixed = dnormed * inverse
+        dinverse = (dnormed * mixed).sum(1, keepdim=True)
+        dx = product(dmixed, fn.T)
+        dx.addcmul_(x, dinverse * inverse**3, value=-1 / x.shape[1])
+        return dx, product(dmixed.T, x.T), g.sum(0), dscale, None, None, None, None
+
+
+def _widths(n: int) -> Tensor:
+    """How many numbers of a site's maps share each of its three scales."""
+    return torch.tensor([n, n, n * n])
 
 
 class _Read(torch.autograd.Function):
@@ -104,11 +130,9 @@ def hyper_maps(
     """See :func:`fourfold.ops.reference.hyper_maps`."""
     if not (doubly_stochastic and _worth_compiling(x)):
         return reference.hyper_maps(x, fn, base, scale, doubly_stochastic, iterations, eps, norm_eps)
-    n = x.shape[1]
     flat = at_least_float32(x).flatten(1)
-    mixed = linear(flat, fn.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
-    hidden = mixed * scale.repeat_interleave(torch.tensor([n, n, n * n])) + base
-    pre, post, comb = _apply(_Maps, hidden.contiguous(), n, iterations, eps)
+    parameters = (t.to(flat.dtype) for t in (fn, base, scale))
+    pre, post, comb = _apply(_Maps, flat, *parameters, x.shape[1], iterations, eps, norm_eps)
     return pre, post, comb
 
 
