@@ -1,6 +1,7 @@
 """What mHC costs in training: forward and backward of nano, 4096 positions, beside the plain residual.
 
-Three arms, interleaved: mHC with the CPU twins, mHC with the plain reference, and the plain residual.
+Three arms, interleaved: mHC with the CPU twins, mHC with the plain reference, and the plain residual. Once without
+Engram, and once as nano is, where Engram too has to write to every stream.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from fourfold.model.transformer import Model
 ROW, ROWS = 512, 8
 
 
-def arm(kind: str, backend: str | None):  # type: ignore[no-untyped-def]
+def arm(kind: str, backend: str | None, **changes: object):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    model = Model(ModelConfig.preset("nano", **{"residual.kind": kind, "indexer.mode": "dense"})).train()
+    model = Model(ModelConfig.preset("nano", **{"residual.kind": kind, "indexer.mode": "dense", **changes})).train()
     documents = [
         Document.text(torch.randint(16, model.cfg.vocab_size, (64,)).tolist()) for _ in range(ROW * ROWS // 64)
     ]
@@ -40,13 +41,19 @@ def arm(kind: str, backend: str | None):  # type: ignore[no-untyped-def]
 
 def main() -> None:
     args = arguments(__doc__)
-    arms = {"mhc": arm("mhc", None), "mhc, reference": arm("mhc", "reference"), "plain": arm("plain", None)}
-    seconds = interleaved(arms, args.repeats)
-    plain = median(seconds["plain"])
-    cases = {
-        name: case(median(seconds[name]), plain, plain, "s/step", seconds[name], peer_name="plain residual")
-        for name in ("mhc", "mhc, reference")
-    }
+    cases = {}
+    for note, changes in ((", no Engram", {"engram.layer_ids": []}), ("", {})):
+        arms = {
+            "mhc": arm("mhc", None, **changes),
+            "mhc, reference": arm("mhc", "reference", **changes),
+            "plain": arm("plain", None, **changes),
+        }
+        seconds = interleaved(arms, args.repeats)
+        plain = median(seconds["plain"])
+        for name in ("mhc", "mhc, reference"):
+            cases[name + note] = case(
+                median(seconds[name]), plain, plain, "s/step", seconds[name], peer_name="plain residual"
+            )
     finish(cases, args.json)
 
 
