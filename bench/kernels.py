@@ -155,11 +155,11 @@ def latent(keys: int, repeats: int, read: Callable[[], object]) -> Any:
     one = torch.randn(1, keys, LATENT + ROPE).bfloat16()
     size, times = one.nbytes + w.nbytes, 4
     items = [(one.clone(), w.clone()) for _ in range(max(2, COLD // size))]
-    seen = torch.ones(1, keys, dtype=torch.bool)
+    seen, page = torch.ones(1, keys, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.int64)
     halves = q.bfloat16(), q_rope.bfloat16()
     arms: Arms = {
-        "ours": turns(lambda i: cpu.latent_attention(q, q_rope, i[1], i[0], seen, 0.07), items, times),
-        "peer": turns(lambda i: reference.latent_attention(*halves, i[1], i[0], seen, 0.07), items, times),
+        "ours": turns(lambda i: ops.latent_attention(q, q_rope, i[1], i[0], page, seen, 0.07), items, times),
+        "peer": turns(lambda i: reference.latent_attention(*halves, i[1], i[0], page, seen, 0.07), items, times),
         "probe": read,
     }
     return line(arms, times, repeats, "torch in bf16", by_bandwidth(size), bytes=size)

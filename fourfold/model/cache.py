@@ -255,6 +255,11 @@ class Cache:
         tables = self._tables[sequences, : -(-count // per_page)]
         return self.pool.view(name)[tables].flatten(1, 2)[:, :count]
 
+    def lie(self, name: str, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the rows of a slot lie: those of all pages, see :meth:`PagePool.view`, and int64 [B, m] the pages of
+        ``sequences`` [B]; a shorter sequence is filled up with other pages."""
+        return self.pool.view(name), self._tables[sequences]
+
     def tail(self, name: str, sequences: Tensor) -> Tensor:
         """float32 [B, rows, width]: what ``keep`` stored for ``sequences`` [B], zeros where nothing was."""
         t = self.pool.layout.tails[name]

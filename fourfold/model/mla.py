@@ -60,13 +60,14 @@ class MLA(nn.Module):
 
         parts = []
         for number, window in enumerate(ctx.windows):
-            keys = window.take(entries)
-            if ctx.cache is not None and window.sequences is not None:
-                keys = ctx.cache.read(self.slot, window.sequences, window.length)
-                keys = keys.to(entries.dtype)
-            absorb = window.sequences is not None and window.rows.shape[1] < ABSORB_BELOW
-            attend = self.absorbed if absorb else self.naive
-            parts.append(attend(window.take(q_nope), window.take(q_rope), keys, window, number, ctx))
+            queries = window.take(q_nope), window.take(q_rope)
+            if window.sequences is None or ctx.cache is None:
+                parts.append(self.naive(*queries, window.take(entries), window, number, ctx))
+            elif window.rows.shape[1] < ABSORB_BELOW:
+                parts.append(self.absorbed(*queries, *ctx.cache.lie(self.slot, window.sequences), window, number, ctx))
+            else:
+                keys = ctx.cache.read(self.slot, window.sequences, window.length).to(entries.dtype)
+                parts.append(self.naive(*queries, keys, window, number, ctx))
         return self.o_proj(join(ctx.windows, parts).flatten(1))
 
     def _chosen(self, window: Window, number: int, ctx: Context) -> Tensor:
@@ -94,17 +95,24 @@ class MLA(nn.Module):
         return ops.attention(q, k, v, chosen, self.scale)
 
     def absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, pages: Tensor, window: Window, number: int, ctx: Context
     ) -> Tensor:
-        """The same in latent space: ``W_UK`` goes into the query, ``W_UV`` into the output; reads chosen keys alone."""
-        a = self.cfg
-        expansions = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
-        w_uk, w_uv = expansions.split([a.qk_nope_head_dim, a.v_head_dim], dim=1)
-        q_latent = torch.einsum("blhn,hnr->blhr", q_nope, w_uk)
+        """The same in latent space: ``W_UK`` goes into the query, ``W_UV`` into the output; reads chosen keys alone.
+
+        entries: [P, page_size, R + dr]; pages: int64 [B, m].
+        """
         chosen = self._chosen(window, number, ctx)
         if ctx.probe is not None:
             ctx.probe.selected.setdefault(self.layer, []).append(chosen)
-        count = min(self.topk, chosen.shape[-1]) if self.mode == "sparse" else chosen.shape[-1]
-        valid, indices = chosen.to(torch.int8).topk(count, dim=-1)
-        o = ops.sparse_mla(q_latent, q_rope, keys, indices, valid.bool(), self.scale)
-        return torch.einsum("blhr,hvr->blhv", o, w_uv)
+        batch, length, keys = chosen.shape
+        valid, indices = chosen.flatten(0, 1), None
+        if self.mode == "sparse" and self.topk < keys:
+            picked, indices = valid.to(torch.int8).topk(self.topk, dim=-1)
+            valid = picked.bool()
+        expansions = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        if length > 1:
+            pages = pages.repeat_interleave(length, dim=0)
+        out = ops.latent_attention(
+            q_nope.flatten(0, 1), q_rope.flatten(0, 1), expansions, entries, pages, valid, self.scale, indices
+        )
+        return out.unflatten(0, (batch, length))

@@ -132,9 +132,13 @@ class MoE(nn.Module):
         if isinstance(self.gate_up_proj, nn.Parameter):
             gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
             out = (self.dispatch or ops.experts)(x.to(dtype), indices, weights, gate_up, down, limit)
-        else:  # quantised
-            out = self.gate_up_proj.experts(self.down_proj, x.to(dtype), indices, weights, limit)
-        return out if self.shared_experts is None else out + self.shared_experts(x, ctx)
+            complete = self.shared_experts is None
+        else:  # quantised, the shared experts too
+            shared = () if self.shared_experts is None else self.shared_experts.children()
+            arguments = (self.down_proj, x.to(dtype), indices, weights, limit, tuple(shared))
+            out, together = self.gate_up_proj.experts(*arguments)
+            complete = together or self.shared_experts is None
+        return out if complete else out + self.shared_experts(x, ctx)  # type: ignore[misc]
 
 
 def sequence_balance_loss(scores: Tensor, indices: Tensor, sequence_ids: Tensor, n_sequences: int) -> Tensor:

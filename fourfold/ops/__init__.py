@@ -16,6 +16,7 @@ from fourfold.ops.reference.norm import at_least_float32, compute_dtype, float32
 
 TWINS: dict[str, tuple[str, ...]] = {
     "cpu": (
+        "apply_rope",
         "attention",
         "attention_mass",
         "experts",
@@ -27,6 +28,7 @@ TWINS: dict[str, tuple[str, ...]] = {
         "quantized_experts",
         "quantized_linear",
         "read_streams",
+        "rms_norm",
         "select_topk",
     )
 }
@@ -60,6 +62,8 @@ select_topk = _dispatched("select_topk")
 hyper_maps = _dispatched("hyper_maps")
 read_streams = _dispatched("read_streams")
 mix_streams = _dispatched("mix_streams")
+apply_rope = _dispatched("apply_rope")
+rms_norm = _dispatched("rms_norm")
 latent_attention = _dispatched("latent_attention")
 pack_weight = _dispatched("pack_weight")
 quantized_experts = _dispatched("quantized_experts")
@@ -67,7 +71,6 @@ quantized_linear = _dispatched("quantized_linear")
 
 from fourfold.ops.reference import (  # noqa: E402
     Quantized,
-    apply_rope,
     attention_probs,
     block_counts,
     dequantize_fp4,
@@ -87,13 +90,11 @@ from fourfold.ops.reference import (  # noqa: E402
     quantize_fp8,
     quantize_int4,
     quantize_int8,
-    rms_norm,
     rope_frequencies,
     rope_tables,
     simulate_fp4,
     simulate_fp8,
     sinkhorn,
-    sparse_mla,
     swiglu,
     unpack_nibbles,
     yarn_mscale,
@@ -144,7 +145,6 @@ __all__ = [
     "simulate_fp4",
     "simulate_fp8",
     "sinkhorn",
-    "sparse_mla",
     "swiglu",
     "unpack_nibbles",
     "yarn_mscale",

@@ -32,11 +32,11 @@ def is_kept(module: str) -> bool:
     return path[-1] in KEPT or not KEPT_INSIDE.isdisjoint(path)
 
 
-def quantizable(model: Model) -> list[str]:
-    """The names of the parameters that :func:`prepare` replaces."""
+def quantizable(model: Model, head: bool = False) -> list[str]:
+    """The names of the parameters that :func:`prepare` replaces; with that of the head, if it is wanted."""
     names = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not is_kept(name):
+        if isinstance(module, nn.Linear) and (not is_kept(name) or (head and name == "lm_head")):
             names.append(f"{name}.weight")
         elif isinstance(module, Engram):
             names.append(f"{name}.embed.weight")
@@ -64,7 +64,7 @@ def prepare(
     """
     check_kind(kind, group)
     wanted = set(quantizable(model)) if only is None else set(only)
-    if strange := sorted(wanted - set(quantizable(model))):
+    if strange := sorted(wanted - set(quantizable(model, head=True))):
         raise ValueError(f"quantization.weights: this model cannot hold {strange[0]} quantised")
     made: dict[str, QuantizedWeight] = {}
     for name, module in list(model.named_modules()):

@@ -8,7 +8,7 @@ they are packed for the kernels of their device, in place of the plain ones; sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -211,13 +211,29 @@ class QuantizedStack(QuantizedWeight):
     def __getitem__(self, expert: int) -> Tensor:
         return self.dequantize(expert)
 
-    def experts(self, down: QuantizedStack, x: Tensor, indices: Tensor, weights: Tensor, limit: float) -> Tensor:
-        """``ops.experts`` with this stack as gate and up; see there for the arguments."""
+    def experts(
+        self,
+        down: QuantizedStack,
+        x: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        limit: float,
+        shared: Sequence[nn.Module] = (),
+    ) -> tuple[Tensor, bool]:
+        """``ops.experts`` with this stack as gate and up; see there for the arguments.
+
+        shared: gate, up and down of an expert that every token has besides. Also returns whether it is in the sum.
+        """
         if self.kind == down.kind != "fp8" and self.group == down.group:
-            return ops.quantized_experts(x, indices, weights, self.packed(), down.packed(), limit)
+            alike = [
+                m for m in shared if isinstance(m, QuantizedLinear) and (m.kind, m.group) == (self.kind, self.group)
+            ]
+            together = len(alike) == 3 and all(m.bias is None for m in alike)
+            more = tuple(m.packed() for m in alike) if together else None
+            return ops.quantized_experts(x, indices, weights, self.packed(), down.packed(), limit, more), together
         used, indices = indices.unique(return_inverse=True)
         chosen = [SelectedExperts(stack, used.tolist(), x.dtype) for stack in (self, down)]
-        return ops.reference.experts(x, indices, weights, *chosen, limit)  # type: ignore[arg-type]
+        return ops.reference.experts(x, indices, weights, *chosen, limit), False  # type: ignore[arg-type]
 
 
 class SelectedExperts:

@@ -170,7 +170,8 @@ def test_naive_and_absorbed_are_one_function(mode, seed):
     q_rope = torch.randn(b, queries, a.num_attention_heads, a.qk_rope_head_dim)
     entries = torch.randn(b, keys, a.kv_lora_rank + a.qk_rope_head_dim)
     naive = layer.naive(q_nope, q_rope, entries, window, 0, ctx)
-    absorbed = layer.absorbed(q_nope, q_rope, entries, window, 0, ctx)
+    pages = torch.arange(b)[:, None]  # a sequence is one page
+    absorbed = layer.absorbed(q_nope, q_rope, entries, pages, window, 0, ctx)
     assert naive.shape == (b, queries, a.num_attention_heads, a.v_head_dim)
     torch.testing.assert_close(absorbed, naive, rtol=0, atol=1e-5)
 

@@ -39,9 +39,10 @@ def cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
     """Name -> (function of the differentiable inputs alone, those inputs)."""
     torch.manual_seed(0)
     visible = causal(2, 3, 5)
-    indices = torch.stack([torch.randperm(5)[:3] for _ in range(6)]).view(2, 3, 3)
-    valid = torch.rand(2, 3, 3) < 0.6
-    valid[..., 0] = True
+    pages = torch.tensor([[0, 2], [1, 0], [2, 1]])
+    indices = torch.stack([torch.randperm(4)[:3] for _ in range(3)])
+    valid = torch.rand(3, 3) < 0.6
+    valid[:, 0] = True
     chosen = torch.stack([torch.randperm(4)[:2] for _ in range(T)])
     cos, sin = rotation(T, 3)
     return {
@@ -53,9 +54,9 @@ def cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
             lambda q, k: reference.attention_probs(q, k, visible, 0.7),
             (wide(2, 3, 4, 3), wide(2, 5, 2, 3)),
         ),
-        "sparse_mla": (
-            lambda q, r, e: reference.sparse_mla(q, r, e, indices, valid, 0.7),
-            (wide(2, 3, 2, 4), wide(2, 3, 2, 2), wide(2, 5, 6)),
+        "latent_attention": (
+            lambda q, r, w, e: reference.latent_attention(q, r, w, e, pages, valid, 0.7, indices),
+            (wide(3, 2, 3), wide(3, 2, 2), wide(2, 7, 4), wide(3, 2, 6)),
         ),
         "attention with sinks": (
             lambda q, k, v, s: reference.attention(q, k, v, visible, 0.4, s),

@@ -18,6 +18,7 @@ from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu import quantized as cpu
 from fourfold.ops.cpu.buffers import HUGE, huge_empty
+from fourfold.ops.cpu.latent import latent_attention
 
 FORMATS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
 ROUTES = [name for name in ("native", "numba") if cpu._route(name) == name]
@@ -158,6 +159,22 @@ def test_an_expert_chosen_twice(kernels):
     assert_near(got, reference.quantized_experts(x, indices, weights, gate_up, down), 1.2e-2)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 2, 11])
+def test_an_expert_that_all_tokens_have(kernels, form, tokens):
+    """Of another width than the others, and the same as adding it afterwards."""
+    torch.manual_seed(tokens)
+    gate_up, down = quantized((5, 64, 80), *form), quantized((5, 80, 32), *form, seed=1)
+    shared = tuple(quantized(shape, *form, seed=n) for n, shape in enumerate([(48, 80), (48, 80), (80, 48)]))
+    x, weights = torch.randn(tokens, 80), torch.rand(tokens, 2)
+    indices = torch.rand(tokens, 5).topk(2).indices
+    ready = packed(gate_up), packed(down), 7.0, tuple(map(packed, shared))
+    got = cpu.quantized_experts(x, indices, weights, *ready)
+    assert_near(got, reference.quantized_experts(x, indices, weights, gate_up, down, 7.0, shared), 1.2e-2)
+    alone = cpu.quantized_experts(x[:1], indices[:1], weights[:1], *ready)
+    torch.testing.assert_close(alone, got[:1], rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_pass_through_the_reference():
     weight = packed(quantized((8, 32), "int8", 32)) if ROUTES else quantized((8, 32), "int8", 32)
     x = torch.randn(2, 32, requires_grad=True)
@@ -199,15 +216,16 @@ def test_latent_attention(batch, keys, heads, nope, rope, v, latent, dtype):
     q, q_rope = draw(batch, heads, nope), draw(batch, heads, rope)
     expansions = (draw(heads, nope + v, latent) * 0.2).to(dtype)
     entries = draw(batch, keys, latent + rope).to(dtype)
+    pages = torch.arange(batch)[:, None]  # a sequence is one page
     valid = torch.rand(batch, keys, generator=generator) < 0.6
     valid[:, keys // 2] = True
-    got = cpu.latent_attention(q, q_rope, expansions, entries, valid, 0.3)
+    got = latent_attention(q, q_rope, expansions, entries, pages, valid, 0.3)
     wide = [t.double() for t in (q, q_rope, expansions, entries)]
-    assert_near(got, reference.latent_attention(*wide, valid, 0.3).float(), 1e-5)
+    assert_near(got, reference.latent_attention(*wide, pages, valid, 0.3).float(), 1e-5)
     indices = torch.randint(keys, (batch, 7), generator=generator)
     seen = torch.ones(batch, 7, dtype=torch.bool)
-    got = cpu.latent_attention(q, q_rope, expansions, entries, seen, 0.3, indices)
-    assert_near(got, reference.latent_attention(*wide, seen, 0.3, indices).float(), 1e-5)
+    got = latent_attention(q, q_rope, expansions, entries, pages, seen, 0.3, indices)
+    assert_near(got, reference.latent_attention(*wide, pages, seen, 0.3, indices).float(), 1e-5)
 
 
 @needs_native
@@ -216,11 +234,14 @@ def test_latent_attention_over_pages():
     size, latent, rope = 8, 24, 8
     pool = torch.randn(6, 100 + size * (latent + rope))  # each page also holds other things
     pages = torch.tensor([[4, 1, 3], [0, 5, 2]])
-    entries = pool[pages][..., 100:].unflatten(-1, (size, -1)).flatten(1, 2)
+    entries = pool[:, 100:].unflatten(-1, (size, -1))
     q, q_rope, expansions = torch.randn(2, 4, 16), torch.randn(2, 4, rope), torch.randn(4, 16 + 12, latent)
     valid = torch.arange(3 * size) < torch.tensor([[20], [9]])
-    got = cpu.attend_pages(q, q_rope, expansions, pool, pages * pool.shape[1] + 100, size, valid, 0.2)
-    assert_near(got, reference.latent_attention(q, q_rope, expansions, entries, valid, 0.2), 1e-5)
+    got = latent_attention(q, q_rope, expansions, entries, pages, valid, 0.2)
+    assert_near(got, reference.latent_attention(q, q_rope, expansions, entries, pages, valid, 0.2), 1e-5)
+    kept = entries[pages].flatten(1, 2).contiguous()  # the same rows, a sequence a page
+    again = reference.latent_attention(q, q_rope, expansions, kept, torch.arange(2)[:, None], valid, 0.2)
+    assert_near(got, again, 1e-5)
 
 
 @needs_native
@@ -228,14 +249,15 @@ def test_latent_attention_over_pages():
 def test_the_number_of_threads_changes_nothing(threads):
     weight, x = packed(quantized((400, 700), "int4", 32)), torch.randn(3, 700)
     q, q_rope, expansions = torch.randn(1, 4, 16), torch.randn(1, 4, 8), torch.randn(4, 40, 32)
-    arguments = (q, q_rope, expansions, torch.randn(1, 700, 40), torch.ones(1, 700, dtype=torch.bool), 0.2)
+    entries, valid = torch.randn(1, 700, 40), torch.ones(1, 700, dtype=torch.bool)
+    arguments = (q, q_rope, expansions, entries, torch.zeros(1, 1, dtype=torch.int64), valid, 0.2)
     before = torch.get_num_threads()
-    wanted = cpu.quantized_linear(x, weight), cpu.latent_attention(*arguments)
+    wanted = cpu.quantized_linear(x, weight), latent_attention(*arguments)
     try:
         torch.set_num_threads(threads)
         for _ in range(20):
             assert torch.equal(cpu.quantized_linear(x, weight), wanted[0])
-            assert torch.equal(cpu.latent_attention(*arguments), wanted[1])
+            assert torch.equal(latent_attention(*arguments), wanted[1])
     finally:
         torch.set_num_threads(before)
 

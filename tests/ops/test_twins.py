@@ -16,6 +16,8 @@ from fourfold.ops import reference
 from fourfold.ops.cpu.attention import BLOCK
 from fourfold.ops.cpu.experts import FEW, STEP
 from fourfold.ops.cpu.linear import LONG as MANY
+from fourfold.ops.cpu.norm import FEW as FEW_ROWS
+from fourfold.ops.cpu.rope import FEW as FEW_NUMBERS
 from fourfold.ops.cpu.streams import LONG
 
 QUANTIZED = {name for name in reference.__all__ if getattr(reference, name).__module__.endswith(".quantized")}
@@ -76,6 +78,52 @@ def linear_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     bias = torch.randn(outer, dtype=dtype) if rng.random() < 0.5 else None
     weight = torch.randn(outer, inner, dtype=dtype) / inner**0.5
     return Case([x, weight, bias], learn=[0, 1] if bias is None else [0, 1, 2])
+
+
+def rms_norm_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    shape = (length(size, rng, FEW_ROWS + 1), width(size, rng))
+    weight = torch.randn(shape[1], dtype=dtype) if rng.random() < 0.7 else None
+    x = torch.randn(shape, dtype=dtype)
+    x = x.view(2, -1, shape[1]) if shape[0] % 2 == 0 and rng.random() < 0.5 else x
+    if weight is not None and rng.random() < 0.3:
+        weight = torch.randn(x.shape[1:], dtype=dtype)  # one for each head
+    return Case([x, weight, 1e-6], learn=rng.choice([[], [0], [0, 1]]) if weight is not None else [])
+
+
+def apply_rope_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    tokens, half = length(size, rng, 40), 1 if size == "one" else rng.randint(2, 20)
+    heads = (FEW_NUMBERS // (80 * half) + 1,) if size in ("at", "above") else rng.choice([(), (1,), (3,)])
+    angles = torch.randn(tokens, half, dtype=torch.float64).to(of_maps(dtype))
+    learn = rng.choice([[], [0]])
+    return Case(
+        [torch.randn(tokens, *heads, 2 * half, dtype=dtype), angles.cos(), angles.sin(), rng.random() < 0.5], learn
+    )
+
+
+def latent_attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    batch, heads, keys = rng.randint(1, 3), rng.choice([1, 4, 5]), max(length(size, rng, 128), 1)
+    nope, rope, v, latent = (width(size, rng) for _ in range(4))
+    per_page = rng.choice([1, 4, 16])
+    pages = -(-keys // per_page)
+    table = torch.randperm(batch * pages).view(batch, pages)
+    valid, indices = torch.rand(batch, keys) < 0.6, None
+    if rng.random() < 0.5:
+        indices = torch.rand(batch, keys).argsort(-1)[:, : rng.randint(1, keys)]
+        valid = valid.gather(1, indices)
+    valid[:, 0] = True
+    return Case(
+        [
+            torch.randn(batch, heads, nope, dtype=dtype),
+            torch.randn(batch, heads, rope, dtype=dtype),
+            torch.randn(heads, nope + v, latent, dtype=dtype) / latent**0.5,
+            torch.randn(batch * pages, per_page, latent + rope, dtype=dtype),
+            table,
+            valid,
+            0.3,
+            indices,
+        ],
+        learn=rng.choice([[], [0, 1, 2, 3]]),
+    )
 
 
 def experts_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
@@ -153,13 +201,16 @@ def mix_streams_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
 
 
 CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
+    "apply_rope": apply_rope_case,
     "attention": attention_case,
     "attention_mass": attention_mass_case,
     "experts": experts_case,
     "hyper_maps": hyper_maps_case,
+    "latent_attention": latent_attention_case,
     "linear": linear_case,
     "mix_streams": mix_streams_case,
     "read_streams": read_streams_case,
+    "rms_norm": rms_norm_case,
     "select_topk": select_topk_case,
 }
 

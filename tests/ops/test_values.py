@@ -210,19 +210,23 @@ def test_attention_probs_of_halves_are_float32():
     assert reference.attention_probs(q, q, torch.ones(1, 2, 2, dtype=torch.bool), 1.0).dtype == torch.float32
 
 
-def test_sparse_mla_reads_the_chosen_entries_alone():
-    q_latent, q_rope, entries = draw(2, 3, 4, 5), draw(2, 3, 4, 2, seed=1), draw(2, 9, 7, seed=2)
-    chosen = torch.rand(2, 3, 9, generator=torch.Generator().manual_seed(3)) < 0.5
-    chosen[..., 4] = True
-    valid, indices = chosen.int().topk(7, dim=-1)  # some rows have fewer than seven: filled up with invalid ones
-    got = reference.sparse_mla(q_latent, q_rope, entries, indices, valid.bool(), 0.4)
+def test_latent_attention_reads_the_chosen_entries_alone():
+    heads, nope, rope, v, latent, size = 4, 3, 2, 6, 5, 4
+    q, q_rope, expansions = draw(2, heads, nope), draw(2, heads, rope, seed=1), draw(heads, nope + v, latent, seed=2)
+    entries, pages = draw(7, size, latent + rope, seed=3), torch.tensor([[4, 1, 6], [2, 0, 5]])
+    chosen = torch.rand(2, 11, generator=torch.Generator().manual_seed(4)) < 0.5
+    chosen[:, 4] = True
+    valid, indices = chosen.int().topk(8, dim=-1)  # a row with fewer than eight is filled up with invalid ones
+    whole = reference.latent_attention(q, q_rope, expansions, entries, pages, chosen, 0.4)
+    got = reference.latent_attention(q, q_rope, expansions, entries, pages, valid.bool(), 0.4, indices)
     for b in range(2):
-        for t in range(3):
-            seen = indices[b, t][valid[b, t].bool()].tolist()
-            for h in range(4):
-                q = np.concatenate([q_latent[b, t, h], q_rope[b, t, h]])
-                weights = softmax(entries[b, seen].numpy() @ q * 0.4)
-                np.testing.assert_allclose(got[b, t, h], weights @ entries[b, seen, :5].numpy(), rtol=1e-10)
+        rows = entries[pages[b]].flatten(0, 1)[:11][chosen[b]].numpy()
+        for h in range(heads):
+            keys = np.concatenate([rows[:, :latent] @ expansions[h, :nope].numpy().T, rows[:, latent:]], axis=1)
+            weights = softmax(keys @ np.concatenate([q[b, h], q_rope[b, h]]) * 0.4)
+            wanted = weights @ rows[:, :latent] @ expansions[h, nope:].numpy().T
+            np.testing.assert_allclose(got[b, h], wanted, rtol=1e-10)
+            np.testing.assert_allclose(whole[b, h], wanted, rtol=1e-10)
 
 
 # ---------------------------------------------------------------- selection

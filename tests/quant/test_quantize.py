@@ -245,8 +245,8 @@ def test_some_weights_alone(kind):
     assert {n for n, m in model.named_modules() if isinstance(m, QuantizedWeight)} == {
         n.removesuffix(".weight") for n in some
     }
-    with pytest.raises(ValueError, match="cannot hold lm_head.weight quantised"):
-        prepare(made(), kind, only=["lm_head.weight"])
+    with pytest.raises(ValueError, match="cannot hold layers.0.self_attn.kv_b_proj.weight quantised"):
+        prepare(made(), kind, only=["layers.0.self_attn.kv_b_proj.weight"])
 
 
 # ---------------------------------------------------------------- the section of config.json

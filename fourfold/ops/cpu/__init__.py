@@ -3,11 +3,15 @@
 from fourfold.ops.cpu.attention import attention, attention_mass
 from fourfold.ops.cpu.experts import experts
 from fourfold.ops.cpu.index import select_topk
+from fourfold.ops.cpu.latent import latent_attention
 from fourfold.ops.cpu.linear import linear
-from fourfold.ops.cpu.quantized import latent_attention, pack_weight, quantized_experts, quantized_linear
+from fourfold.ops.cpu.norm import rms_norm
+from fourfold.ops.cpu.quantized import pack_weight, quantized_experts, quantized_linear
+from fourfold.ops.cpu.rope import apply_rope
 from fourfold.ops.cpu.streams import hyper_maps, mix_streams, read_streams
 
 __all__ = [
+    "apply_rope",
     "attention",
     "attention_mass",
     "experts",
@@ -19,5 +23,6 @@ __all__ = [
     "quantized_experts",
     "quantized_linear",
     "read_streams",
+    "rms_norm",
     "select_topk",
 ]

@@ -112,7 +112,9 @@ class _Native(torch.autograd.Function):
         out = torch.empty(*q.shape[:3], v.shape[-1])
         logs = torch.empty(q.shape[:3])
         fine = None if sinks is None else sinks.detach().float().contiguous()
-        native.library().ff_attention(
+        library = native.library()
+        assert library is not None
+        library.ff_attention(
             *(t.data_ptr() for t in wide),
             *_where(visible),
             None if fine is None else fine.data_ptr(),
@@ -135,7 +137,9 @@ class _Native(torch.autograd.Function):
             torch.empty_like(q),
             (torch.zeros(*t.shape[:2], q.shape[2], t.shape[3]) for t in (k, v)),
         )
-        native.library().ff_attention_backward(
+        library = native.library()
+        assert library is not None
+        library.ff_attention_backward(
             *(t.data_ptr() for t in (q, k, v)),
             *_where(visible),
             *(t.data_ptr() for t in (out, logs, g, inner, dq, dk, dv)),

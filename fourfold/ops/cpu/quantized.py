@@ -22,6 +22,7 @@ from fourfold.ops.cpu.buffers import huge_empty
 from fourfold.ops.reference.quantized import COLUMNS, Quantized
 
 ROUTES = ("native", "numba", "torch")
+Shared = tuple[Quantized, Quantized, Quantized]  # gate, up and down of the expert that all tokens have
 
 
 @cache
@@ -112,13 +113,13 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
     return (y if bias is None else y.add_(bias.detach())).to(x.dtype)
 
 
-_tables: WeakKeyDictionary[Quantized, tuple[Quantized, Tensor]] = WeakKeyDictionary()
+_tables: WeakKeyDictionary[Quantized, tuple[Quantized, Shared | None, Tensor]] = WeakKeyDictionary()
 
 
-def _table(gate_up: Quantized, down: Quantized) -> Tensor:
-    """int64 [E, 7]: where each expert's gate, up and down lie, codes and scales, and its width."""
-    if gate_up in _tables and _tables[gate_up][0] is down:
-        return _tables[gate_up][1]
+def _table(gate_up: Quantized, down: Quantized, shared: Shared | None) -> Tensor:
+    """int64 [E, 7]: where each expert's gate, up and down lie, codes and scales, and its width; then the shared one."""
+    if (known := _tables.get(gate_up)) is not None and known[0] is down and known[1] == shared:
+        return known[2]
     n, width = down.shape[0], down.shape[-1]
     rows = []
     for tensor in (gate_up.codes, gate_up.scales, down.codes, down.scales):
@@ -127,24 +128,34 @@ def _table(gate_up: Quantized, down: Quantized) -> Tensor:
     half = [t.stride(0) * t.element_size() // 2 for t in (gate_up.codes, gate_up.scales)]
     gate, gate_scales, down_codes, down_scales = rows
     columns = [gate, gate_scales, gate + half[0], gate_scales + half[1], down_codes, down_scales]
-    table = torch.stack([*columns, torch.full((n,), width)], dim=1).contiguous()
-    _tables[gate_up] = (down, table)
-    return table
+    table = torch.stack([*columns, torch.full((n,), width)], dim=1)
+    if shared is not None:
+        pointers = [t.data_ptr() for weight in shared for t in (weight.codes, weight.scales)]
+        table = torch.cat([table, torch.tensor([[*pointers, shared[0].shape[0]]])])
+    _tables[gate_up] = (down, shared, table.contiguous())
+    return _tables[gate_up][2]
 
 
 def quantized_experts(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Quantized, down: Quantized, limit: float = 0.0
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Quantized,
+    down: Quantized,
+    limit: float = 0.0,
+    shared: Shared | None = None,
 ) -> Tensor:
     """See :func:`fourfold.ops.reference.quantized_experts`."""
-    if not _usable(x, gate_up, down) or (torch.is_grad_enabled() and weights.requires_grad):
-        return reference.quantized_experts(x, indices, weights, gate_up, down, limit)
+    all_weights = (gate_up, down, *(shared or ()))
+    if not _usable(x, *all_weights) or (torch.is_grad_enabled() and weights.requires_grad):
+        return reference.quantized_experts(x, indices, weights, gate_up, down, limit, shared)
     if route() == "numba" or down.shape[-1] % 16:  # up begins inside a block of gate
-        return _expert_by_expert(x, indices, weights, gate_up, down, limit)
+        return _expert_by_expert(x, indices, weights, gate_up, down, limit, shared)
     rows, chosen, shares = x.detach().float().contiguous(), indices.contiguous(), weights.detach().float().contiguous()
     y = torch.empty_like(rows)
     _library().ff_experts(
         *_bits_and_span(gate_up),
-        _table(gate_up, down).data_ptr(),
+        _table(gate_up, down, shared).data_ptr(),
         gate_up.shape[0],
         rows.data_ptr(),
         len(rows),
@@ -154,21 +165,33 @@ def quantized_experts(
         chosen.shape[1],
         limit,
         y.data_ptr(),
+        shared is not None,
         torch.get_num_threads(),
     )
     return y.to(x.dtype)
 
 
 def _expert_by_expert(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Quantized, down: Quantized, limit: float
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Quantized,
+    down: Quantized,
+    limit: float,
+    shared: Shared | None,
 ) -> Tensor:
+    def multiply(hidden: Tensor, by: Quantized) -> Tensor:
+        return quantized_linear(hidden, by) + quantized_linear(_lost(hidden), by)
+
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert in indices.unique().tolist():
         token, slot = (indices == expert).nonzero(as_tuple=True)
         gate, up = quantized_linear(x[token].float(), gate_up[expert]).chunk(2, dim=-1)
-        hidden = reference.swiglu(gate, up, limit)
-        y = quantized_linear(hidden, down[expert]) + quantized_linear(_lost(hidden), down[expert])
+        y = multiply(reference.swiglu(gate, up, limit), down[expert])
         out.index_add_(0, token, y * weights[token, slot, None].float())
+    if shared is not None:
+        gate, up = (quantized_linear(x.float(), weight) for weight in shared[:2])
+        out += multiply(reference.swiglu(gate, up, limit), shared[2])
     return out.to(x.dtype)
 
 
@@ -177,70 +200,3 @@ def _lost(x: Tensor) -> Tensor:
     groups = F.pad(x, (0, -x.shape[1] % COLUMNS)).unflatten(1, (-1, COLUMNS))
     scales = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
     return (groups - (groups / scales).round() * scales).flatten(1)[:, : x.shape[1]]
-
-
-def latent_attention(
-    q: Tensor,
-    q_rope: Tensor,
-    expansions: Tensor,
-    entries: Tensor,
-    valid: Tensor,
-    scale: float,
-    indices: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fourfold.ops.reference.latent_attention`."""
-    tensors = (q, q_rope, expansions, entries)
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if route() != "native" or differentiated or not all(t.dtype in (torch.float32, torch.bfloat16) for t in tensors):
-        return reference.latent_attention(q, q_rope, expansions, entries, valid, scale, indices)
-    entries = entries.contiguous()
-    pages = torch.arange(len(entries)) * entries[0].numel()
-    return attend_pages(q, q_rope, expansions, entries, pages[:, None], entries.shape[1], valid, scale, indices)
-
-
-def attend_pages(
-    q: Tensor,
-    q_rope: Tensor,
-    expansions: Tensor,
-    storage: Tensor,
-    pages: Tensor,
-    page_size: int,
-    valid: Tensor,
-    scale: float,
-    indices: Tensor | None = None,
-) -> Tensor:
-    """:func:`latent_attention` over entries where they lie; the compiled route alone.
-
-    storage: any contiguous tensor; pages: int64 [B, n], where in it, in numbers, the ``page_size`` rows of R + dr
-    numbers of each page begin.
-    """
-    batch, heads, nope = q.shape
-    wide, wide_rope = q.float().contiguous(), q_rope.float().contiguous()
-    expansions, pages, valid = expansions.contiguous(), pages.contiguous(), valid.contiguous()
-    indices = None if indices is None else indices.contiguous()
-    v = expansions.shape[1] - nope
-    out = torch.empty(batch, heads, v)
-    _library().ff_latent_attention(
-        storage.data_ptr(),
-        storage.dtype == torch.bfloat16,
-        pages.data_ptr(),
-        pages.shape[1],
-        page_size,
-        None if indices is None else indices.data_ptr(),
-        valid.data_ptr(),
-        valid.shape[1],
-        wide.data_ptr(),
-        wide_rope.data_ptr(),
-        expansions.data_ptr(),
-        expansions.dtype == torch.bfloat16,
-        batch,
-        heads,
-        nope,
-        q_rope.shape[-1],
-        v,
-        expansions.shape[-1],
-        scale,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out.to(q.dtype)

@@ -1,6 +1,6 @@
 """The specification in plain PyTorch: obviously right, differentiable, any floating dtype."""
 
-from fourfold.ops.reference.attention import attention, attention_mass, attention_probs, sparse_mla
+from fourfold.ops.reference.attention import attention, attention_mass, attention_probs, latent_attention
 from fourfold.ops.reference.blocks import (
     block_counts,
     dequantize_fp4,
@@ -29,7 +29,6 @@ from fourfold.ops.reference.norm import rms_norm
 from fourfold.ops.reference.pool import pool
 from fourfold.ops.reference.quantized import (
     Quantized,
-    latent_attention,
     pack_weight,
     quantized_experts,
     quantized_linear,
@@ -78,7 +77,6 @@ __all__ = [
     "simulate_fp4",
     "simulate_fp8",
     "sinkhorn",
-    "sparse_mla",
     "swiglu",
     "unpack_nibbles",
     "yarn_mscale",

@@ -37,19 +37,31 @@ def attention_mass(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tenso
         return attention_probs(q, k, alone, scale).sum(1).masked_fill(~visible, 0)
 
 
-def sparse_mla(
-    q_latent: Tensor, q_rope: Tensor, entries: Tensor, indices: Tensor, valid: Tensor, scale: float
+def latent_attention(
+    q: Tensor,
+    q_rope: Tensor,
+    expansions: Tensor,
+    entries: Tensor,
+    pages: Tensor,
+    valid: Tensor,
+    scale: float,
+    indices: Tensor | None = None,
 ) -> Tensor:
-    """Absorbed multi-head latent attention over the selected entries alone (arXiv 2405.04434, section 2.1).
+    """Multi-head latent attention of one query a sequence over cached pages, ``W_UK`` folded into the query and
+    ``W_UV`` into the output (arXiv 2405.04434, section 2.1).
 
-    q_latent: [B, L, H, R], queries in latent space; q_rope: [B, L, H, dr]; entries: [B, S, R + dr],
-    latent and rotary key of each cached position; indices: int64 [B, L, K]; valid: bool [B, L, K].
-    Returns the attended latents [B, L, H, R].
+    q: [B, H, n]; q_rope: [B, H, dr]; expansions: [H, n + v, R], rows of ``W_UK`` before those of ``W_UV``; entries:
+    [P, page_size, R + dr], latent and rotary key of each position of a page; pages: int64 [B, m], those of each
+    sequence; valid: bool [B, K], which of the positions with these ``indices`` (int64 [B, K]; None: the first K)
+    count, of which there must be one. Returns [B, H, v].
     """
-    batch = torch.arange(len(entries), device=entries.device)[:, None, None]
-    gathered = entries[batch, indices]  # [B, L, K, R + dr]
-    q = torch.cat([q_latent, q_rope], dim=-1)
-    scores = at_least_float32(torch.einsum("blhe,blke->blhk", q, gathered)) * scale
-    probs = scores.masked_fill(~valid[:, :, None], -torch.inf).softmax(-1)
-    latents = gathered[..., : q_latent.shape[-1]]
-    return torch.einsum("blhk,blkr->blhr", probs.to(latents.dtype), latents)
+    if indices is None:
+        indices = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    size = entries.shape[1]
+    seen = entries[pages.gather(1, indices // size), indices % size].to(q.dtype)  # [B, K, R + dr]
+    w_uk, w_uv = expansions.to(q.dtype).split([q.shape[-1], expansions.shape[1] - q.shape[-1]], dim=1)
+    folded = torch.cat([torch.einsum("bhn,hnr->bhr", q, w_uk), q_rope], dim=-1)
+    scores = at_least_float32(torch.einsum("bhe,bke->bhk", folded, seen)) * scale
+    probs = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1).to(q.dtype)
+    latents = torch.einsum("bhk,bkr->bhr", probs, seen[..., : expansions.shape[-1]])
+    return torch.einsum("bhr,hvr->bhv", latents, w_uv)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fourfold.ops.reference.blocks import dequantize_int4, dequantize_int8, pack_nibbles, unpack_nibbles
 from fourfold.ops.reference.experts import swiglu
-from fourfold.ops.reference.norm import at_least_float32
 
 ROWS, WORD, COLUMNS = 16, 4, 32  # rows of a packed block, bytes of a row in a line, what columns are padded to
 NO_CODE = {"int8": 0x80, "int4": 0x8}  # stands for 0
@@ -98,38 +97,25 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
 
 
 def quantized_experts(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Quantized, down: Quantized, limit: float = 0.0
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Quantized,
+    down: Quantized,
+    limit: float = 0.0,
+    shared: tuple[Quantized, Quantized, Quantized] | None = None,
 ) -> Tensor:
-    """See :func:`fourfold.ops.reference.experts`; no two experts are ever dequantised at once."""
+    """See :func:`fourfold.ops.reference.experts`; no two experts are ever dequantised at once.
+
+    shared: gate [I', d], up and down [d, I'] of an expert that every token has besides, with weight 1.
+    """
     out = x.new_zeros(x.shape)
     for expert in indices.unique().tolist():
         token, slot = (indices == expert).nonzero(as_tuple=True)
         gate, up = (x[token] @ gate_up[expert].dequantize(x.dtype).T).chunk(2, dim=-1)
         y = swiglu(gate, up, limit) @ down[expert].dequantize(x.dtype).T
         out = out.index_add(0, token, (y * weights[token, slot, None]).to(out.dtype))
+    if shared is not None:
+        gate, up = (quantized_linear(x, weight) for weight in shared[:2])
+        out = out + quantized_linear(swiglu(gate, up, limit), shared[2])
     return out
-
-
-def latent_attention(
-    q: Tensor,
-    q_rope: Tensor,
-    expansions: Tensor,
-    entries: Tensor,
-    valid: Tensor,
-    scale: float,
-    indices: Tensor | None = None,
-) -> Tensor:
-    """One query of each sequence, attending in latent space with ``W_UK`` and ``W_UV`` folded in.
-
-    q: [B, H, n]; q_rope: [B, H, dr]; expansions: [H, n + v, R], rows of ``W_UK`` before those of ``W_UV``; entries:
-    [B, S, R + dr]; valid: bool [B, K], which of the entries with these ``indices`` (int64 [B, K], None: all, K = S)
-    count, of which there must be one. Returns [B, H, v].
-    """
-    if indices is not None:
-        entries = entries.gather(1, indices[..., None].expand(-1, -1, entries.shape[-1]))
-    w_uk, w_uv = expansions.split([q.shape[-1], expansions.shape[1] - q.shape[-1]], dim=1)
-    folded = torch.cat([torch.einsum("bhn,hnr->bhr", q, w_uk), q_rope], dim=-1)
-    scores = at_least_float32(torch.einsum("bhe,bse->bhs", folded, entries.to(folded.dtype))) * scale
-    probs = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1).to(q.dtype)
-    latents = entries[..., : expansions.shape[-1]].to(q.dtype)
-    return torch.einsum("bhr,hvr->bhv", torch.einsum("bhs,bsr->bhr", probs, latents), w_uv)

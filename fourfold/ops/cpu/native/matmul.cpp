@@ -79,19 +79,23 @@ void ff_matmul(int bits, int64_t span, const void* codes, const void* scales, in
 // y[t] = sum_k weights[t, k] down_e (silu(gate_e x[t]) * up_e x[t]) with e = indices[t, k]; y: float [tokens, d].
 // Three passes: gate and up of all chosen experts; their products quantised; down. The products have long tails, so
 // their tiles are fine: in decoding, where memory is what is waited for, that costs nothing.
-// A token adds its experts in the order of their numbers, whatever other tokens there are.
+// A token adds its experts in the order of their numbers, whatever other tokens there are. always: whether the row of
+// the table after the last expert is one that every token has besides, with weight 1.
 void ff_experts(int bits, int64_t span, const void* table, int64_t n_experts, const float* x, int64_t tokens,
                 int64_t d, const int64_t* indices, const float* weights, int64_t per_token, float limit, float* y,
-                int threads) {
+                int always, int threads) {
     const Expert* experts = static_cast<const Expert*>(table);
     std::vector<Work>& work = kept;
-    std::vector<int64_t> place(n_experts, -1);
-    for (int64_t i = 0; i < tokens * per_token; i++) place[indices[i]] = 0;
+    const int64_t all = n_experts + (always ? 1 : 0), each = per_token + (always ? 1 : 0);
+    const auto chosen = [&](int64_t pair) { return pair % each < per_token ? indices[pair / each * per_token + pair % each] : n_experts; };
+    const auto share = [&](int64_t pair) { return pair % each < per_token ? weights[pair / each * per_token + pair % each] : 1.f; };
+    std::vector<int64_t> place(all, -1);
+    for (int64_t i = 0; i < tokens * each; i++) place[chosen(i)] = 0;
     size_t used = 0;
     for (auto& p : place)
         if (p == 0) p = int64_t(used++);
     if (work.size() < used) work.resize(used);
-    for (int64_t e = 0; e < n_experts; e++) {
+    for (int64_t e = 0; e < all; e++) {
         if (place[e] < 0) continue;
         const Expert& from = experts[e];
         const auto weight = [&](const void* codes, const void* scales, int64_t rows, int64_t columns) {
@@ -104,10 +108,10 @@ void ff_experts(int bits, int64_t span, const void* table, int64_t n_experts, co
         it.tokens.clear();
         it.weights.clear();
     }
-    for (int64_t i = 0; i < tokens * per_token; i++) {
-        Work& it = work[place[indices[i]]];
-        it.tokens.push_back(i / per_token);
-        it.weights.push_back(weights[i]);
+    for (int64_t i = 0; i < tokens * each; i++) {
+        Work& it = work[place[chosen(i)]];
+        it.tokens.push_back(i / each);
+        it.weights.push_back(share(i));
     }
 
     // one token: all experts read the same tile
@@ -124,7 +128,7 @@ void ff_experts(int bits, int64_t span, const void* table, int64_t n_experts, co
         for (size_t i = 0; i < n; i++) tiles.emplace_back(e, i);
         for (size_t i = 0; i < fine; i++) fine_tiles.emplace_back(e, i);
     }
-    const bool shared = tokens == 1 && per_token > 0 && used == size_t(per_token);
+    const bool shared = tokens == 1 && used > 0 && used == size_t(each);
     in_parts(threads, shared ? 1 : int(tiles.size()), [&](int i) {
         Work& it = work[tiles[i].first];
         std::vector<const float*> rows;

@@ -1,0 +1,33 @@
+"""RMSNorm of a few rows in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourfold.ops import reference
+from fourfold.ops.cpu import native
+
+FEW = 64  # rows: more are worth torch's threads
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """See :func:`fourfold.ops.reference.rms_norm`."""
+    library = native.library()
+    width = x.shape[-1]
+    single = x.dtype == torch.float32 and (weight is None or (weight.dtype == torch.float32 and weight.dim() == 1))
+    learns = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    if library is None or not single or learns or x.numel() > FEW * width or not x.numel():
+        return reference.rms_norm(x, weight, eps)
+    x, weight = x.contiguous(), None if weight is None else weight.contiguous()
+    out = torch.empty_like(x)
+    library.ff_rms_norm(
+        x.data_ptr(),
+        None,
+        None if weight is None else weight.data_ptr(),
+        out.data_ptr(),
+        x.numel() // width,
+        width,
+        eps,
+    )
+    return out
