@@ -217,7 +217,6 @@ def measure(kind: str, size: dict[str, int], bf16: bool, repeats: int, compile_t
     cases[f"{kind}, {numbers}, eager"] = report(steps, first_loss=first)
     if compile_too:
         print(f"{kind}, {numbers}: compiling ...", file=sys.stderr)
-        os.environ["FOURFOLD_BACKEND"] = "reference"  # what torch.compile can look into
         done = {family: compiled(step, model) for family, (model, step) in pairs.items()}
         notes = {family: note for family, (_, note) in done.items()}
         steps = {family: step for family, (step, _) in done.items() if step is not None}
@@ -226,7 +225,6 @@ def measure(kind: str, size: dict[str, int], bf16: bool, repeats: int, compile_t
         else:
             print(f"{kind}, {numbers}, compiled: {notes}")
             cases[f"{kind}, {numbers}, eager"]["compile"] = notes
-        del os.environ["FOURFOLD_BACKEND"]
         torch._dynamo.reset()
     return cases
 

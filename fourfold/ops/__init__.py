@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 from fourfold.ops import reference
 from fourfold.ops.reference.norm import at_least_float32, compute_dtype, float32_island
 
@@ -45,9 +47,20 @@ def implementation(name: str, device: str, backend: str | None) -> Callable[...,
     return getattr(reference, name)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _as_it_is(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A twin is called from a compiled model, never compiled itself: its kernels are nothing a compiler can read."""
+    return function(*args, **kwargs)
+
+
 def _dispatched(name: str) -> Callable[..., Any]:
+    law = getattr(reference, name)
+
     def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-        return implementation(name, x.device.type, os.environ.get("FOURFOLD_BACKEND"))(x, *args, **kwargs)
+        chosen = implementation(name, x.device.type, os.environ.get("FOURFOLD_BACKEND"))
+        if torch.compiler.is_compiling() and chosen is not law:
+            return _as_it_is(chosen, x, *args, **kwargs)
+        return chosen(x, *args, **kwargs)
 
     call.__name__ = name
     call.__doc__ = getattr(reference, name).__doc__

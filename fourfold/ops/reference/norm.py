@@ -14,7 +14,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x / rms(x) * weight`` over the last axis, statistics in float32.
 
-    x: [..., d]; weight: [d], or of any shape that x can be multiplied with, or None. Returns [..., d] in the dtype of x.
+    x: [..., d]; weight: [d], any shape that x can be multiplied with, or None. Returns [..., d] in the dtype of x.
     """
     wide = at_least_float32(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
