@@ -1,6 +1,7 @@
 """The plain transformer, written out once more: what must be left when every innovation is switched off.
 
-It reads a model's weights by name and knows nothing of its code.
+It reads a model's weights by name and knows nothing of its code. ``fused``: by the kernels that the CPU has for norms,
+rotations and attention, where the bits are to be the same.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold import ops
 from fourfold.config import ModelConfig
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool) -> Tensor:
+    if fused:
+        return ops.rms_norm(x, weight, eps)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, theta: float, interleaved: bool, fused: bool) -> Tensor:
     """x: [T, H, dim]."""
     dim = x.shape[-1]
     angles = positions[:, None].float() * theta ** (-2 * torch.arange(dim // 2, dtype=torch.float32) / dim)
+    if fused:
+        return ops.apply_rope(x, angles.cos(), angles.sin(), interleaved)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     out = torch.empty_like(x)
     first, second = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(dim // 2), slice(dim // 2, None))
@@ -45,7 +51,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool
 def gqa(w: dict[str, Tensor], at: str, cfg: ModelConfig, x: Tensor, positions: Tensor, fused: bool) -> Tensor:
     a = cfg.attention
     q, k, v = (F.linear(x, w[f"{at}{n}_proj.weight"]).unflatten(-1, (-1, a.head_dim)) for n in "qkv")
-    q, k = (rotate(t, positions, cfg.rope.theta, interleaved=False) for t in (q, k))
+    q, k = (rotate(t, positions, cfg.rope.theta, interleaved=False, fused=fused) for t in (q, k))
     o = softmax_attention(q, k, v, a.head_dim**-0.5, fused)
     return F.linear(o, w[f"{at}o_proj.weight"])
 
@@ -54,15 +60,17 @@ def mla(w: dict[str, Tensor], at: str, cfg: ModelConfig, x: Tensor, positions: T
     a = cfg.attention
     heads, dn, dr, rank = a.num_attention_heads, a.qk_nope_head_dim, a.qk_rope_head_dim, a.kv_lora_rank
     if a.q_lora_rank:
-        latent = rms_norm(F.linear(x, w[f"{at}q_a_proj.weight"]), w[f"{at}q_a_layernorm.weight"], cfg.rms_norm_eps)
+        latent = rms_norm(
+            F.linear(x, w[f"{at}q_a_proj.weight"]), w[f"{at}q_a_layernorm.weight"], cfg.rms_norm_eps, fused
+        )
         q = F.linear(latent, w[f"{at}q_b_proj.weight"])
     else:
         q = F.linear(x, w[f"{at}q_proj.weight"])
     q = q.unflatten(-1, (heads, dn + dr))
     ckr = F.linear(x, w[f"{at}kv_a_proj_with_mqa.weight"])
-    c = rms_norm(ckr[:, :rank], w[f"{at}kv_a_layernorm.weight"], cfg.rms_norm_eps)
-    k_rope = rotate(ckr[:, None, rank:], positions, cfg.rope.theta, interleaved=True)
-    q_rope = rotate(q[..., dn:], positions, cfg.rope.theta, interleaved=True)
+    c = rms_norm(ckr[:, :rank], w[f"{at}kv_a_layernorm.weight"], cfg.rms_norm_eps, fused)
+    k_rope = rotate(ckr[:, None, rank:], positions, cfg.rope.theta, interleaved=True, fused=fused)
+    q_rope = rotate(q[..., dn:], positions, cfg.rope.theta, interleaved=True, fused=fused)
     kv = F.linear(c, w[f"{at}kv_b_proj.weight"]).unflatten(-1, (heads, -1))
     q = torch.cat([q[..., :dn], q_rope], dim=-1)
     k = torch.cat([kv[..., :dn], k_rope.expand(-1, heads, -1)], dim=-1)
@@ -77,9 +85,9 @@ def swiglu(w: dict[str, Tensor], at: str, x: Tensor) -> Tensor:
 
 def block(w: dict[str, Tensor], at: str, cfg: ModelConfig, x: Tensor, positions: Tensor, fused: bool) -> Tensor:
     attention = mla if cfg.attention.kind == "mla" else gqa
-    normed = rms_norm(x, w[f"{at}input_layernorm.weight"], cfg.rms_norm_eps)
+    normed = rms_norm(x, w[f"{at}input_layernorm.weight"], cfg.rms_norm_eps, fused)
     x = x + attention(w, f"{at}self_attn.", cfg, normed, positions, fused)
-    normed = rms_norm(x, w[f"{at}post_attention_layernorm.weight"], cfg.rms_norm_eps)
+    normed = rms_norm(x, w[f"{at}post_attention_layernorm.weight"], cfg.rms_norm_eps, fused)
     return x + swiglu(w, f"{at}mlp.", normed)
 
 
@@ -96,4 +104,4 @@ def trunk(w: dict[str, Tensor], cfg: ModelConfig, tokens: Tensor, fused: bool) -
 def logits(w: dict[str, Tensor], cfg: ModelConfig, tokens: Tensor, fused: bool = True) -> Tensor:
     """float32 [T, V]. ``fused``: by torch's attention kernel, else written out."""
     x = trunk(w, cfg, tokens, fused)
-    return F.linear(rms_norm(x, w["norm.weight"], cfg.rms_norm_eps), w["lm_head.weight"])
+    return F.linear(rms_norm(x, w["norm.weight"], cfg.rms_norm_eps, fused), w["lm_head.weight"])

@@ -283,7 +283,7 @@ CODES, SCALES = "layers.0.mlp.gate_proj.codes", "layers.0.mlp.gate_proj.scales"
         (lambda t, c: c["quantization"].update(group=64), "has shape"),
         (lambda t, c: c["quantization"].update(kind="int3"), "'int3' is unknown"),
         (lambda t, c: c["quantization"].update(kind="fp8"), "must be F8_E4M3"),
-        (lambda t, c: c["quantization"]["weights"].append("lm_head.weight"), "cannot hold lm_head.weight quantised"),
+        (lambda t, c: c["quantization"]["weights"].append("norm.weight"), "cannot hold norm.weight quantised"),
         (
             lambda t, c: c["quantization"]["weights"].remove("layers.0.mlp.gate_proj.weight"),
             "gate_proj.weight is missing",
