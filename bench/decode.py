@@ -48,7 +48,11 @@ class Llama:
         return timings
 
 
+PAUSE = 0.5  # seconds before each run: the threads of the one before have stopped to spin by then
+
+
 def seconds_of(function: Callable[[], object]) -> float:
+    time.sleep(PAUSE)
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
@@ -71,8 +75,10 @@ def measure(
         for _ in range(repeats):
             ours.append(steps / seconds_of(decoder))
             if peer is not None:
+                time.sleep(PAUSE)
                 theirs.append(peer(context, steps)["predicted_per_second"])
             if library is not None:
+                time.sleep(PAUSE)
                 limits.append(library.ff_read_bandwidth(data.data_ptr(), data.numel(), torch.get_num_threads()) / size)
         best = median(limits) if limits else None
         made = case(median(ours), median(theirs) if theirs else None, None, "tokens/s", ours, bytes_per_token=size)

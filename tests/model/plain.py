@@ -14,13 +14,13 @@ from fourfold import ops
 from fourfold.config import ModelConfig
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool = False) -> Tensor:
     if fused:
         return ops.rms_norm(x, weight, eps)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float, interleaved: bool, fused: bool) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, theta: float, interleaved: bool, fused: bool = False) -> Tensor:
     """x: [T, H, dim]."""
     dim = x.shape[-1]
     angles = positions[:, None].float() * theta ** (-2 * torch.arange(dim // 2, dtype=torch.float32) / dim)
