@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import random
 import tempfile
 import time
@@ -23,29 +24,45 @@ from fourfold.ops.cpu import native
 
 
 class Llama:
-    """llama.cpp's own server, in this process, on a file of random weights."""
+    """llama.cpp's own server on a file of random weights, in a process of its own: two teams of threads in one process
+    get in each other's way."""
 
     def __init__(self, kind: str, layers: int, context: int, directory: Path) -> None:
-        import xllamacpp
-
         path = directory / f"{kind}.gguf"
         write_gguf(path, kind, layers)
-        wanted = xllamacpp.CommonParams()
-        wanted.model.path, wanted.n_ctx, wanted.n_parallel = str(path), context + 512, 1
-        wanted.warmup, wanted.verbosity = False, 0
-        threads = torch.get_num_threads()
-        wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = threads
-        self.name = f"llama.cpp (xllamacpp {xllamacpp.__version__})"
-        self.server = xllamacpp.Server(wanted)
-        generator = random.Random(0)
-        self.prompt = [generator.randrange(2, 100_000) for _ in range(context)]
+        spawn = multiprocessing.get_context("spawn")
+        self.ask, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(theirs, str(path), context), daemon=True)
+        self.process.start()
+        self.name: str = self.ask.recv()
 
     def __call__(self, context: int, steps: int) -> dict[str, float]:
         """Its timings of ``steps`` tokens after ``context``, of which it reads what it does not hold yet."""
-        request = {"prompt": self.prompt[:context], "n_predict": steps, "temperature": 0.0, "ignore_eos": True}
-        answer = self.server.handle_completions(request | {"cache_prompt": True})
-        timings: dict[str, float] = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
+        self.ask.send((context, steps))
+        timings: dict[str, float] = self.ask.recv()
         return timings
+
+    def close(self) -> None:
+        self.ask.send(None)
+        self.process.join()
+
+
+def serve(asked: Any, path: str, context: int) -> None:
+    import xllamacpp
+
+    wanted = xllamacpp.CommonParams()
+    wanted.model.path, wanted.n_ctx, wanted.n_parallel = path, context + 512, 1
+    wanted.warmup, wanted.verbosity = False, 0
+    wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(wanted)
+    generator = random.Random(0)
+    prompt = [generator.randrange(2, 100_000) for _ in range(context)]
+    asked.send(f"llama.cpp (xllamacpp {xllamacpp.__version__})")
+    while (question := asked.recv()) is not None:
+        length, steps = question
+        request = {"prompt": prompt[:length], "n_predict": steps, "temperature": 0.0, "ignore_eos": True}
+        answer = server.handle_completions(request | {"cache_prompt": True})
+        asked.send((json.loads(answer) if isinstance(answer, str) else answer)["timings"])
 
 
 PAUSE = 0.5  # seconds before each run: the threads of the one before have stopped to spin by then
@@ -109,7 +126,8 @@ def main() -> None:
             contexts = sorted(args.contexts)
             peer = Llama(kind, args.layers, contexts[-1], Path(directory)) if there else None
             cases |= measure(kind, args.layers, contexts, args.steps, args.repeats, peer)
-            del peer
+            if peer is not None:
+                peer.close()
     finish(cases, args.json)
 
 
