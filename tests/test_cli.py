@@ -363,3 +363,11 @@ def test_data_lists_and_builds(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("fourfold.data.build.build", lambda name, out: build(name, out, {"text": "no network"}))
     assert main(["data", "build", "smoke"]) == 1
     assert built == [("smoke", tmp_path), ("smoke", None)]
+
+
+def test_eval_takes_several_lengths_of_a_recall_suite_alone(model, capsys):
+    from fourfold.cli.work import lengths
+
+    assert lengths("4096") == 4096 and lengths("4K,1m") == [4096, 1 << 20]
+    assert main(["eval", "bpb", "--length", "1K,2K"]) == 2
+    assert "--length: bpb takes one, got 2" in capsys.readouterr().err

@@ -11,6 +11,8 @@ from pathlib import Path
 from fourfold.cli.options import MODEL_HELP, SOURCE_HELP, Command, add_json, add_numbers, load
 from fourfold.cli.show import print_json, print_table, say, size_text
 
+RECALL = ("mqar", "needle", "ruler")  # suites that go on where they were interrupted, and draw a map
+
 
 def add_commands(command: Command) -> None:
     train = command("train", _train, "train from a recipe; continues an interrupted run by itself")
@@ -23,10 +25,15 @@ def add_commands(command: Command) -> None:
     )
 
     evaluate = command("eval", _eval, "measure a model with a suite")
-    evaluate.add_argument("suite", metavar="SUITE", help="module of fourfold.eval: media or bpb")
+    evaluate.add_argument("suite", metavar="SUITE", help="module of fourfold.eval: media, bpb, needle, ruler, mqar")
     evaluate.add_argument("--model", default="nano", metavar="MODEL", help=MODEL_HELP)
     add_numbers(evaluate)
-    evaluate.add_argument("--length", type=int, help="tokens of a test item")
+    evaluate.add_argument(
+        "--length", type=lengths, metavar="N[,N...]", help="tokens of a test item: 4096, or 4K,64K,1M"
+    )
+    evaluate.add_argument(
+        "--depths", type=shares, metavar="D[,D...]", help="where the needle lies: 0,0.5,1 (default: drawn)"
+    )
     evaluate.add_argument("--task", help="one task of the suite")
     evaluate.add_argument("--samples", type=int, help="items per task")
     evaluate.add_argument("--seed", type=int, help="seed of the items")
@@ -79,17 +86,32 @@ def _train(args: argparse.Namespace) -> None:
     train(args.recipe, args.overrides)
 
 
+def lengths(text: str) -> int | list[int]:
+    """One number of tokens or several; K and M are 1,024 and 1,048,576."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    found = [int(part.upper().rstrip("KM")) * units.get(part[-1:].upper(), 1) for part in text.split(",")]
+    return found[0] if len(found) == 1 else found
+
+
+def shares(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def _eval(args: argparse.Namespace) -> None:
     import importlib
     import pkgutil
 
     import fourfold.eval
 
-    suites = sorted(module.name for module in pkgutil.iter_modules(fourfold.eval.__path__))
+    suites = sorted(module.name for module in pkgutil.iter_modules(fourfold.eval.__path__) if not module.ispkg)
     if args.suite not in suites:
         raise ValueError(f"SUITE: {args.suite!r} is unknown; choose one of {', '.join(suites)}")
-    given = {name: getattr(args, name) for name in ("length", "task", "samples", "seed")}
+    if isinstance(args.length, list) and args.suite not in RECALL:
+        raise ValueError(f"--length: {args.suite} takes one, got {len(args.length)}")
+    given = {name: getattr(args, name) for name in ("length", "depths", "task", "samples", "seed")}
     settings = {name: value for name, value in given.items() if value is not None}
+    if args.suite in RECALL and args.json:
+        settings["partial"] = args.json.with_suffix(".partial.jsonl")
     suite = importlib.import_module(f"fourfold.eval.{args.suite}")
     with contextlib.closing(load(args)) as model:
         report = suite.run(model, settings)
@@ -102,6 +124,11 @@ def _eval(args: argparse.Namespace) -> None:
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
         say(f"scores written to {args.json}")
+        if args.suite in RECALL:
+            from fourfold.eval.recall.heatmap import draw
+
+            draw(report["cells"], args.json.with_suffix(".svg"))
+            settings["partial"].unlink()
 
 
 def _data(args: argparse.Namespace) -> int:

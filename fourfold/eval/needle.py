@@ -1,0 +1,14 @@
+"""Needles in a haystack: single, multi-key, multi-value and multi-query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fourfold.data.recall import NEEDLES
+from fourfold.eval import Subject
+from fourfold.eval.recall import run_suite
+
+
+def run(model: Subject, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings and errors as :func:`fourfold.eval.recall.run_suite`."""
+    return run_suite("needle", tuple(NEEDLES), model, settings)

@@ -1,0 +1,155 @@
+"""Long-context recall: documents with hidden answers, read once each, then asked every question from those pages."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourfold.data.recall import Query, Recall, document
+from fourfold.eval import Subject
+from fourfold.eval.media import wilson
+from fourfold.model.cache import Cache, PagePool, SequenceState
+from fourfold.model.sequence import Document, pack
+from fourfold.model.transformer import Model
+from fourfold.text.chat import Text
+
+Answer = Callable[[Recall], list[list[int]]]
+SCORES = 2**26  # query-key pairs of one chunk of the prefill: what bounds its memory
+
+
+def run_suite(
+    suite: str, tasks: Sequence[str], model: Subject, settings: dict[str, Any], answer: Answer | None = None
+) -> dict[str, Any]:
+    """Every task x length x depth, ``samples`` documents each.
+
+    settings: length (one or several, default 1024), task (one of ``tasks``), samples (default 20), seed, depths
+    (shares; drawn for each document if not given), partial (file that keeps what is done; a rerun goes on from it).
+    answer: the tokens said to each query of a document; the model's greedy ones if None.
+    Raises ValueError for a setting out of range, or if ``partial`` was begun with other settings.
+    """
+    lengths = settings.get("length", 1024)
+    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
+    samples, seed = settings.get("samples", 20), settings.get("seed", 0)
+    depths = settings.get("depths") or [None]
+    if settings.get("task", tasks[0]) not in tasks:
+        raise ValueError(f"task: {settings['task']!r} is unknown; choose one of {', '.join(tasks)}")
+    if samples < 1 or min(lengths) < 5:
+        raise ValueError(f"samples ({samples}) must be at least 1, length ({min(lengths)}) at least 5")
+    chosen = [settings["task"]] if "task" in settings else list(tasks)
+    said = {"length": lengths, "samples": samples, "seed": seed, "depths": depths, "task": chosen}
+    done = _begin(settings.get("partial"), {"suite": suite, "model": model.name, **said})
+    answer = answer or (lambda made: greedy(model, made))
+    cells = [(t, n, d, i) for n in lengths for t in chosen for d in depths for i in range(samples)]
+    for number, (task, length, depth, sample) in enumerate(cells):
+        if (task, length, depth, sample) in done:
+            continue
+        made = document(task, model.tokenizer, length, seed * 1_000_003 + sample, depth=depth)
+        shares = [score(model, task, q, ids) for q, ids in zip(made.queries, answer(made), strict=True)]
+        done[task, length, depth, sample] = shares
+        line = {"task": task, "length": length, "depth": depth, "sample": sample, "shares": shares}
+        _append(settings.get("partial"), line)
+        if sys.stderr.isatty():
+            print(f"\r{number + 1}/{len(cells)} {task} {length}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    grid: dict[tuple[str, int, float | None], list[float]] = defaultdict(list)
+    for task, length, depth, sample in cells:
+        grid[task, length, depth] += done[task, length, depth, sample]
+    scores = {task: summary([s for key, all in grid.items() if key[0] == task for s in all]) for task in chosen}
+    listed = [{"task": t, "length": n, "depth": d, **summary(shares)} for (t, n, d), shares in grid.items()]
+    return {"suite": suite, "model": model.name, "scores": scores, "settings": said, "cells": listed}
+
+
+def summary(shares: Sequence[float]) -> dict[str, float]:
+    """shares: of each query, how many of its values were given. Accuracy counts the queries where all were."""
+    accuracy = sum(share == 1 for share in shares) / len(shares)
+    low, high = wilson(accuracy, len(shares))
+    return {"n": len(shares), "accuracy": accuracy, "ci95": (high - low) / 2, "recall": math.fsum(shares) / len(shares)}
+
+
+def score(model: Subject, task: str, query: Query, said: Sequence[int]) -> float:
+    """The share of a query's values that the answer gives, as whole words; of MQAR, whether the token is right."""
+    if task == "mqar":
+        return float(list(said[:1]) == query.answer)
+    words = set(re.findall(r"\w+", model.tokenizer.decode(said).split("\n")[0]))
+    return sum(value in words for value in query.values) / len(query.values)
+
+
+@torch.inference_mode()
+def greedy(model: Subject, made: Recall, page_size: int = 64) -> list[list[int]]:
+    """The greedy answer to each query, no longer than the right one; the context is read once for all of them."""
+    network = model.model
+    device = next(network.parameters()).device
+    prefix = [id for piece in model.chat.continue_text("") if isinstance(piece, Text) for id in piece.ids]
+    ids = [*prefix, *made.context.tolist()]
+    longest = max(len(query.tokens) + len(query.answer) for query in made.queries)
+    size = math.lcm(page_size, PagePool(network.cfg, 1, math.lcm(page_size, 128)).layout.multiple)
+    pool = PagePool(network.cfg, -(-len(ids) // size) + -(-longest // size) + 2, size, device=device)
+    state = SequenceState()
+    chunk = max(64, min(2048, SCORES // len(ids)))
+    for start in range(0, len(ids), chunk):
+        _read(network, pool, state, ids[start : start + chunk])
+    answers = []
+    for query in made.queries:
+        branch = fork(pool, state)
+        said = [_read(network, pool, branch, query.tokens)]
+        while len(said) < len(query.answer):
+            said.append(_read(network, pool, branch, said[-1:]))
+        pool.release(branch.pages)
+        answers.append(said)
+    return answers
+
+
+def fork(pool: PagePool, state: SequenceState) -> SequenceState:
+    """A sequence that goes on from ``state`` by itself: full pages are shared, the one still growing is copied."""
+    full = state.length // pool.page_size
+    branch = SequenceState(state.pages[:full], state.length, list(state.history), state.tail)
+    pool.retain(branch.pages)
+    if state.length % pool.page_size:
+        other = SequenceState()
+        pool.reserve(other, 1)
+        pool.data[other.pages[0]] = pool.data[state.pages[full]]
+        branch.pages += other.pages
+    return branch
+
+
+def _read(network: Model, pool: PagePool, state: SequenceState, ids: Sequence[int]) -> int:
+    """Reads tokens into the cache; the likeliest next one."""
+    packed = pack([Document.text(ids)], starts=[state.length]).to(pool.data.device)
+    return int(network(packed, cache=Cache(pool, [state]), logits="last").logits[-1].argmax())
+
+
+def _begin(partial: Path | None, header: dict[str, Any]) -> dict[tuple[str, int, float | None, int], list[float]]:
+    """What a file of an interrupted run holds; a new file begins with the settings."""
+    if partial is None:
+        return {}
+    if not partial.exists():
+        _append(partial, header)
+        return {}
+    lines = list(_whole_lines(partial))
+    if not lines or lines[0] != header:
+        raise ValueError(f"{partial}: was begun with other settings; remove it to start anew")
+    return {(e["task"], e["length"], e["depth"], e["sample"]): e["shares"] for e in lines[1:]}
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Its objects; a last line that was cut off is removed, so that the next one stands alone."""
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    yield from (json.loads(line) for line in whole.splitlines())
+
+
+def _append(partial: Path | None, line: dict[str, Any]) -> None:
+    if partial is not None:
+        with partial.open("a") as file:
+            file.write(json.dumps(line) + "\n")
