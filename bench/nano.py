@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from _report import arguments, case, finish, median
+from _report import case, finish, median, parser
 
 import fourfold as ff
 from fourfold.model.sequence import Document
@@ -17,8 +17,10 @@ PROMPT, ANSWER = 200, 100
 
 
 def main() -> None:
-    args = arguments(__doc__)
-    model = ff.load("nano")
+    flags = parser(__doc__)
+    flags.add_argument("--quant", choices=("int8", "int4"))
+    args = flags.parse_args()
+    model = ff.load("nano", quant=args.quant)
     first, rate = [], []
     for run in range(args.repeats + 1):
         # a fresh prompt each time, so that nothing comes from the prefix cache
@@ -30,10 +32,11 @@ def main() -> None:
             first.append((times[0] - began) * 1000)
             rate.append((len(times) - 1) / (times[-1] - times[0]))
     model.close()
+    numbers = args.quant or "float32"
     finish(
         {
-            f"first token of a {PROMPT}-token prompt": case(median(first), None, None, "ms", first),
-            "decode, one stream": case(median(rate), None, None, "tokens/s", rate),
+            f"{numbers}: first token of a {PROMPT}-token prompt": case(median(first), None, None, "ms", first),
+            f"{numbers}: decode, one stream": case(median(rate), None, None, "tokens/s", rate),
         },
         args.json,
     )
