@@ -76,7 +76,7 @@ def peer(kind: str, size: dict[str, int]) -> nn.Module:
     return DeepseekV4ForCausalLM(config)
 
 
-def ours(made: nn.Module, dtype: torch.dtype | None = None) -> Model:
+def ours(made: nn.Module, dtype: torch.dtype = torch.float32) -> Model:
     """Ours with the same weights, by way of a directory."""
     directory = Path(tempfile.mkdtemp(prefix="bench-train-"))
     try:
