@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fourfold import ops
 from fourfold.ops import reference
-from fourfold.ops.cpu import native
+from fourfold.ops.cpu import native, streams
 from fourfold.ops.cpu import quantized as cpu
 from fourfold.ops.cpu.buffers import HUGE, huge_empty
 from fourfold.ops.cpu.latent import latent_attention
@@ -312,3 +312,22 @@ def test_rms_norm(rows, d):
     run(x.data_ptr(), both.data_ptr(), None, out.data_ptr(), rows, d, 1e-6)
     assert torch.equal(both, x + residual)
     torch.testing.assert_close(out, reference.rms_norm(x + residual, None, 1e-6), rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+@pytest.mark.parametrize("n, d", [(1, 5), (3, 16), (4, 192), (8, 33)])
+def test_hyper_connections_of_few_and_many_tokens(rows, n, d):
+    generator = torch.Generator().manual_seed(rows * n)
+    x, y = torch.randn(rows, n, d, generator=generator), torch.randn(rows, d, generator=generator)
+    fn, base = torch.randn(n * (n + 2), n * d, generator=generator), torch.randn(n * (n + 2), generator=generator)
+    arguments = (x, fn, base, torch.tensor([0.1, 0.5, 1.0]), True, 20, 1e-6, 1e-5)
+    wanted = reference.hyper_maps(*arguments)
+    made = streams.hyper_maps(*arguments)
+    for a, b in zip(made, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    pre, post, comb = wanted
+    torch.testing.assert_close(streams.read_streams(x, pre), reference.read_streams(x, pre), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        streams.mix_streams(x, y, post, comb), reference.mix_streams(x, y, post, comb), rtol=1e-5, atol=1e-5
+    )

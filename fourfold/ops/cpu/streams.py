@@ -1,7 +1,8 @@
-"""Hyper-connections for long batches: one pass over the streams each way, compiled by Numba.
+"""Hyper-connections in one pass over the streams each way.
 
 The eager reference makes an [T, n, n, d] intermediate and eighty small operations for Sinkhorn; here each token's
-n x n map lives in registers. Short batches (decoding) and half types go to the reference.
+n x n map lives in registers: of long batches that may learn by Numba, of what a server computes by compiled kernels.
+Half types go to the reference.
 """
 
 from __future__ import annotations
@@ -13,14 +14,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
+from fourfold.ops.cpu import native
 from fourfold.ops.cpu.linear import product
 from fourfold.ops.reference.norm import at_least_float32
 
-LONG = 1024  # tokens from which a compiled pass pays: training batches, not the chunks of a server's prefill
+LONG = 1024  # tokens from which Numba's pass pays: training batches, not the chunks of a server's prefill
+FEW = 16  # tokens: more are worth a matrix product of their own
+MOST = 8  # streams that the compiled kernels know
 
 
 def _worth_compiling(x: Tensor) -> bool:
     return len(x) >= LONG and x.dtype in (torch.float32, torch.float64)
+
+
+def _compiled(x: Tensor, *others: Tensor) -> Any:
+    """The compiled kernels, if they can take these tensors; x: [T, n, d]."""
+    if any(t.dtype != torch.float32 for t in (x, *others)) or not len(x) or x.shape[1] > MOST:
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)):
+        return None
+    return native.library()
 
 
 def _kernels() -> Any:
@@ -128,6 +141,16 @@ def hyper_maps(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fourfold.ops.reference.hyper_maps`."""
+    if doubly_stochastic and (library := _compiled(x, fn, base, scale)):
+        (rows, n, d), threads = x.shape, torch.get_num_threads()
+        x, fn, base, scale = (t.contiguous() for t in (x, fn, base, scale))
+        mixed = product(x.flatten(1), fn) if rows > FEW else None
+        pre, post, comb = x.new_empty(rows, n), x.new_empty(rows, n), x.new_empty(rows, n, n)
+        inputs = [t.data_ptr() for t in (x, fn, base, scale)]
+        outputs = [t.data_ptr() for t in (pre, post, comb)]
+        known = None if mixed is None else mixed.data_ptr()
+        library.ff_hyper_maps(*inputs, known, rows, n, n * d, iterations, eps, norm_eps, *outputs, threads)
+        return pre, post, comb
     if not (doubly_stochastic and _worth_compiling(x)):
         return reference.hyper_maps(x, fn, base, scale, doubly_stochastic, iterations, eps, norm_eps)
     flat = at_least_float32(x).flatten(1)
@@ -138,15 +161,26 @@ def hyper_maps(
 
 def read_streams(x: Tensor, pre: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.read_streams`."""
+    if library := _compiled(x, pre):
+        x, pre = x.contiguous(), pre.contiguous()
+        out = x.new_empty(len(x), x.shape[2])
+        library.ff_read_streams(x.data_ptr(), pre.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads())
+        return out
     if not (_worth_compiling(x) and x.dtype == pre.dtype):
         return reference.read_streams(x, pre)
-    out: Tensor = _apply(_Read, x.contiguous(), pre.contiguous())
-    return out
+    learnt: Tensor = _apply(_Read, x.contiguous(), pre.contiguous())
+    return learnt
 
 
 def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.mix_streams`."""
+    if library := _compiled(x, y, post, comb):
+        inputs = [t.contiguous() for t in (x, y, post, comb)]
+        out = torch.empty_like(inputs[0])
+        pointers = [t.data_ptr() for t in inputs]
+        library.ff_mix_streams(*pointers, *x.shape, out.data_ptr(), torch.get_num_threads())
+        return out
     if not (_worth_compiling(x) and x.dtype == post.dtype):
         return reference.mix_streams(x, y, post, comb)
-    out: Tensor = _apply(_Mix, x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())
-    return out
+    learnt: Tensor = _apply(_Mix, x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())
+    return learnt

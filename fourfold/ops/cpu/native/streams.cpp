@@ -1,0 +1,117 @@
+// Hyper-connections of a few tokens: the maps of a site, reading the streams, mixing them (arXiv 2512.24880).
+#include <algorithm>
+#include <cmath>
+
+#include "clones.h"
+#include "lanes.h"
+#include "team.h"
+
+namespace {
+
+constexpr int64_t WORTH_A_PART = 1 << 16;  // numbers that a part reads
+constexpr int MOST = 8;                    // streams
+
+INLINE float dot(const float* a, const float* b, int64_t n) {
+    Lanes sums[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        for (int j = 0; j < 2; j++) sums[j] += load(a + i + j * LANES) * load(b + i + j * LANES);
+    float total = sum(sums[0] + sums[1]);
+    for (; i < n; i++) total += a[i] * b[i];
+    return total;
+}
+
+float sigmoid(float x) { return 1.f / (1.f + std::exp(-x)); }
+
+// A row softmax, then columns and rows in turn, ending on columns
+template <int N> void sinkhorn(float* m, int iterations, float eps) {
+    for (int row = 0; row < N; row++) {
+        float* it = m + row * N;
+        const float top = *std::max_element(it, it + N);
+        float total = 0;
+        for (int k = 0; k < N; k++) total += it[k] = std::exp(it[k] - top);
+        for (int k = 0; k < N; k++) it[k] = it[k] / total + eps;
+    }
+    for (int pass = 0; pass < iterations; pass++) {
+        if (pass)
+            for (int row = 0; row < N; row++) {
+                float total = eps;
+                for (int k = 0; k < N; k++) total += m[row * N + k];
+                for (int k = 0; k < N; k++) m[row * N + k] /= total;
+            }
+        float totals[N];
+        for (int k = 0; k < N; k++) totals[k] = eps;
+        for (int row = 0; row < N; row++)
+            for (int k = 0; k < N; k++) totals[k] += m[row * N + k];
+        for (int row = 0; row < N; row++)
+            for (int k = 0; k < N; k++) m[row * N + k] /= totals[k];
+    }
+}
+
+using Sinkhorn = void (*)(float*, int, float);
+constexpr Sinkhorn by_streams[MOST] = {sinkhorn<1>, sinkhorn<2>, sinkhorn<3>, sinkhorn<4>,
+                                       sinkhorn<5>, sinkhorn<6>, sinkhorn<7>, sinkhorn<8>};
+
+CLONES void maps_of(const float* x, const float* fn, const float* base, const float* scale, const float* mixed, int n,
+                    int64_t width, int iterations, float eps, float norm_eps, float* pre, float* post, float* comb) {
+    const float inverse = 1.f / std::sqrt(dot(x, x, width) / float(width) + norm_eps);
+    const auto hidden = [&](int k, int part) {
+        return (mixed ? mixed[k] : dot(x, fn + k * width, width)) * inverse * scale[part] + base[k];
+    };
+    for (int k = 0; k < n; k++) pre[k] = sigmoid(hidden(k, 0)) + eps;
+    for (int k = 0; k < n; k++) post[k] = 2 * sigmoid(hidden(n + k, 1));
+    for (int k = 0; k < n * n; k++) comb[k] = hidden(2 * n + k, 2);
+    by_streams[n - 1](comb, iterations, eps);
+}
+
+CLONES void read_one(const float* x, const float* pre, int n, int64_t d, float* out) {
+    for (int64_t i = 0; i < d; i++) out[i] = pre[0] * x[i];
+    for (int j = 1; j < n; j++)
+        for (int64_t i = 0; i < d; i++) out[i] += pre[j] * x[j * d + i];
+}
+
+CLONES void mix_one(const float* x, const float* y, const float* post, const float* comb, int n, int64_t d, float* out) {
+    for (int k = 0; k < n; k++) {
+        float* to = out + k * d;
+        for (int64_t i = 0; i < d; i++) to[i] = comb[k] * x[i];
+        for (int j = 1; j < n; j++)
+            for (int64_t i = 0; i < d; i++) to[i] += comb[j * n + k] * x[j * d + i];
+        for (int64_t i = 0; i < d; i++) to[i] += post[k] * y[i];
+    }
+}
+
+template <class Body> void each_row(int threads, int64_t rows, int64_t numbers, const Body& body) {
+    const int parts = int(std::clamp(rows * numbers / WORTH_A_PART, int64_t(1), std::max<int64_t>(rows, 1)));
+    in_parts(threads, parts, [&](int part) {
+        for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++) body(row);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// x: [rows, n d]; fn: [n (n + 2), n d]; mixed: x fn^T if it is known, else null; pre, post: [rows, n]; comb: [rows, n, n]
+void ff_hyper_maps(const float* x, const float* fn, const float* base, const float* scale, const float* mixed,
+                   int64_t rows, int n, int64_t width, int iterations, float eps, float norm_eps, float* pre,
+                   float* post, float* comb, int threads) {
+    const int outputs = n * (n + 2);
+    each_row(threads, rows, mixed ? width + 4096 : width * outputs, [&](int64_t row) {
+        maps_of(x + row * width, fn, base, scale, mixed ? mixed + row * outputs : nullptr, n, width, iterations, eps,
+                norm_eps, pre + row * n, post + row * n, comb + row * n * n);
+    });
+}
+
+// x: [rows, n, d]; pre: [rows, n]; out: [rows, d]
+void ff_read_streams(const float* x, const float* pre, int64_t rows, int n, int64_t d, float* out, int threads) {
+    each_row(threads, rows, n * d, [&](int64_t row) { read_one(x + row * n * d, pre + row * n, n, d, out + row * d); });
+}
+
+// x, out: [rows, n, d]; y: [rows, d]; post: [rows, n]; comb: [rows, n, n]
+void ff_mix_streams(const float* x, const float* y, const float* post, const float* comb, int64_t rows, int n, int64_t d,
+                    float* out, int threads) {
+    each_row(threads, rows, n * n * d, [&](int64_t row) {
+        mix_one(x + row * n * d, y + row * d, post + row * n, comb + row * n * n, n, d, out + row * n * d);
+    });
+}
+}
