@@ -34,6 +34,8 @@ def rate(model: LocalModel, streams: int, prompt: int, answer: int, run: int) ->
     for thread in threads:
         thread.join()
     told = [times for times in arrivals if len(times) > answer // 2]  # a few end early
+    if not told:
+        return rate(model, streams, prompt, answer, run + 1000)
     start, end = max(times[0] for times in told), min(times[-1] for times in told)
     return sum(sum(start < t <= end for t in times) for times in told) / (end - start)
 
