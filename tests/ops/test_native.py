@@ -331,3 +331,24 @@ def test_hyper_connections_of_few_and_many_tokens(rows, n, d):
     torch.testing.assert_close(
         streams.mix_streams(x, y, post, comb), reference.mix_streams(x, y, post, comb), rtol=1e-5, atol=1e-5
     )
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens, d, width", [(1, 64, 48), (3, 33, 7), (16, 192, 64)])
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_experts_of_few_tokens_do_not_depend_on_the_tokens_beside(dtype, tokens, d, width, limit):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, d, generator=generator).to(dtype)
+    gate_up = (torch.randn(5, 2 * width, d, generator=generator) / d**0.5).to(dtype)
+    down = (torch.randn(5, d, width, generator=generator) / width**0.5).to(dtype)
+    indices = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(tokens)])
+    weights = torch.rand(tokens, 3, generator=generator)
+    made = ops.experts(x, indices, weights, gate_up, down, limit)
+    wide = (t.float() for t in (x, gate_up, down))
+    wide_x, *wide_weights = wide
+    wanted = reference.experts(wide_x, indices, weights, *wide_weights, limit)
+    torch.testing.assert_close(made.float(), wanted, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    for t in range(tokens):
+        alone = ops.experts(x[t : t + 1], indices[t : t + 1], weights[t : t + 1], gate_up, down, limit)
+        assert torch.equal(alone[0], made[t])

@@ -1,4 +1,4 @@
-"""Experts as matrix products over tokens sorted by expert, with a backward pass of its own."""
+"""Experts as matrix products over tokens sorted by expert, with a backward pass of its own; of few tokens compiled."""
 
 from __future__ import annotations
 
@@ -9,20 +9,49 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
+from fourfold.ops.cpu import native
 from fourfold.ops.cpu.linear import product
 
+COMPILED = 256  # (token, expert) pairs of decoding: more are worth matrix products
 FEW = 64  # below this many (token, expert) pairs the sort costs more than it saves
 STEP = 64  # rows of an expert are filled up to a multiple of it: oneDNN compiles each new shape
 
 
 def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float = 0.0) -> Tensor:
     """See :func:`fourfold.ops.reference.experts`."""
+    if _compilable(x, indices, weights, gate_up, down):
+        rows, chosen, shares = x.float().contiguous(), indices.contiguous(), weights.float().contiguous()
+        y = torch.empty_like(rows)
+        native.library().ff_plain_experts(
+            gate_up.dtype == torch.bfloat16,
+            gate_up.data_ptr(),
+            down.data_ptr(),
+            rows.data_ptr(),
+            *rows.shape,
+            down.shape[-1],
+            chosen.data_ptr(),
+            shares.data_ptr(),
+            chosen.shape[1],
+            limit,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y.to(x.dtype)
     if indices.numel() < FEW:
         w1, w2 = gate_up[indices], down[indices]  # [T, K, 2 I, d], [T, K, d, I]
         gate, up = torch.einsum("tkid,td->tki", w1, x).chunk(2, dim=-1)
         return torch.einsum("tkdi,tki->td", w2, reference.swiglu(gate, up, limit) * weights[..., None].to(x.dtype))
     out: Tensor = _Experts.apply(x, indices, weights, gate_up, down, limit)  # type: ignore[no-untyped-call]
     return out
+
+
+def _compilable(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    if not 0 < indices.numel() <= COMPILED or gate_up.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if not (gate_up.dtype == down.dtype == x.dtype and gate_up.is_contiguous() and down.is_contiguous()):
+        return False
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
+    return not learns and native.library() is not None
 
 
 def places(indices: Tensor, n_experts: int, step: int) -> tuple[Tensor, list[tuple[int, int, int]], int]:

@@ -15,6 +15,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ff_attention_backward": (None, (*[_at] * 4, _long, _long, *[_at] * 7, *[_long] * 7, _float, _int)),
     "ff_matmul": (None, (_int, _long, _at, _at, _long, _long, _at, _long, _at, _int)),
     "ff_experts": (None, (_int, _long, _at, _long, _at, _long, _long, _at, _at, _long, _float, _at, _int, _int)),
+    "ff_plain_experts": (None, (_int, *[_at] * 3, *[_long] * 3, _at, _at, _long, _float, _at, _int)),
     "ff_rms_norm": (None, (_at, _at, _at, _at, _long, _long, _float)),
     "ff_latent_attention": (
         None,
