@@ -67,6 +67,8 @@ class Compressor(nn.Module):
         count = -(-window.rows.shape[1] // ratio)
         numbers = window.past[:, None] // ratio + torch.arange(count, device=raw.device)
         done = (numbers + 1) * ratio <= window.past[:, None] + window.rows.shape[1]
+        if ctx.cache is not None and not done.any():  # decoding, inside a group
+            return Entries(raw.new_empty(len(raw), 0, self.width), numbers[:, :0], done[:, :0])
         within = torch.arange(ratio, device=raw.device)
         place = numbers[..., None] * ratio + within - window.past[:, None, None] + kept  # [B, E, ratio] in raw
         values, scores = self._rows(raw, place)
@@ -93,8 +95,9 @@ def gather_entries(entries: Entries, values: Tensor, slot: str, window: Window, 
     count = window.length // ratio
     if ctx.cache is None or window.sequences is None:
         return values[:, :count]
-    sequences = window.sequences[:, None].expand_as(entries.numbers)[entries.done]
-    ctx.cache.write_entries(slot, values[entries.done], sequences, entries.numbers[entries.done])
+    if entries.numbers.shape[1]:
+        sequences = window.sequences[:, None].expand_as(entries.numbers)[entries.done]
+        ctx.cache.write_entries(slot, values[entries.done], sequences, entries.numbers[entries.done])
     return ctx.cache.read(slot, window.sequences, count).to(values.dtype)
 
 
