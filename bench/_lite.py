@@ -38,8 +38,8 @@ def tiled(shape: tuple[int, ...], numbers: Tensor) -> Tensor:
     return out
 
 
-def lite(kind: str, layers: int) -> Model:
-    """All matrices as int4 or int8 codes, head included; W_UK and W_UV in bfloat16, the rest in float32."""
+def lite(kind: str, layers: int, expansions: torch.dtype = torch.bfloat16) -> Model:
+    """All matrices as int4 or int8 codes, head included; W_UK and W_UV in ``expansions``, the rest in float32."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = Model(config(layers))
@@ -53,7 +53,7 @@ def lite(kind: str, layers: int) -> Model:
             continue
         for child, parameter in list(module.named_parameters(recurse=False)):
             made = torch.ones(parameter.shape) if "norm" in name else tiled(tuple(parameter.shape), normal)
-            made = made.bfloat16() if "kv_b_proj" in name else made
+            made = made.to(expansions) if "kv_b_proj" in name else made
             setattr(module, child, nn.Parameter(made, requires_grad=False))
         for child, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:

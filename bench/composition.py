@@ -1,6 +1,7 @@
 """What each innovation costs in decoding: everything on, each one off, everything off, of one shape in int8.
 
-The plain arm keeps the same heads, experts and depth; its attention caches keys and values of every head.
+"All off" keeps heads, experts and depth; its attention caches keys and values of every head, and copies them to read.
+"MLA alone" is the stricter base.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ OFF: dict[str, dict[str, Any]] = {
     "indexer off": {"indexer.mode": "off"},
     "mHC off": {"residual.kind": "plain"},
     "Engram off": {"engram.layer_ids": []},
+    "MLA alone": {"indexer.mode": "off", "residual.kind": "plain", "engram.layer_ids": []},
     "all off": PLAIN | {"indexer.mode": "off", "residual.kind": "plain", "engram.layer_ids": []},
 }
 

@@ -52,7 +52,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-prefill-") as directory:
             longest = max(args.lengths)
             peer = Llama(kind, args.layers, longest, Path(directory)) if there else None
-            model = lite(kind, args.layers)
+            model = lite(kind, args.layers, torch.float32)
             products = count_parameters(model.cfg)["active"]
             for length in args.lengths:
                 read = reader(model, length, args.chunk)
