@@ -1,8 +1,8 @@
 """Hyper-connections in one pass over the streams each way.
 
 The eager reference makes an [T, n, n, d] intermediate and eighty small operations for Sinkhorn; here each token's
-n x n map lives in registers: of long batches that may learn by Numba, of what a server computes by compiled kernels.
-Half types go to the reference.
+n x n map lives in registers: of long batches that learn by Numba, of what a server computes by compiled kernels. Half
+types that learn go to the reference.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ def _worth_compiling(x: Tensor) -> bool:
 
 def _compiled(x: Tensor, *others: Tensor) -> Any:
     """The compiled kernels, if they can take these tensors; x: [T, n, d]."""
-    if any(t.dtype != torch.float32 for t in (x, *others)) or not len(x) or x.shape[1] > MOST:
+    if any(t.dtype not in (torch.float32, torch.bfloat16) for t in (x, *others)) or not len(x) or x.shape[1] > MOST:
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)):
         return None
     return native.library()
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.float().contiguous() for t in tensors]
 
 
 def _kernels() -> Any:
@@ -143,7 +147,7 @@ def hyper_maps(
     """See :func:`fourfold.ops.reference.hyper_maps`."""
     if doubly_stochastic and (library := _compiled(x, fn, base, scale)):
         (rows, n, d), threads = x.shape, torch.get_num_threads()
-        x, fn, base, scale = (t.contiguous() for t in (x, fn, base, scale))
+        x, fn, base, scale = _wide(x, fn, base, scale)
         mixed = product(x.flatten(1), fn) if rows > FEW else None
         pre, post, comb = x.new_empty(rows, n), x.new_empty(rows, n), x.new_empty(rows, n, n)
         inputs = [t.data_ptr() for t in (x, fn, base, scale)]
@@ -162,10 +166,10 @@ def hyper_maps(
 def read_streams(x: Tensor, pre: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.read_streams`."""
     if library := _compiled(x, pre):
-        x, pre = x.contiguous(), pre.contiguous()
-        out = x.new_empty(len(x), x.shape[2])
-        library.ff_read_streams(x.data_ptr(), pre.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads())
-        return out
+        wide, weights = _wide(x, pre)
+        out = wide.new_empty(len(x), x.shape[2])
+        library.ff_read_streams(wide.data_ptr(), weights.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads())
+        return out.to(x.dtype)
     if not (_worth_compiling(x) and x.dtype == pre.dtype):
         return reference.read_streams(x, pre)
     learnt: Tensor = _apply(_Read, x.contiguous(), pre.contiguous())
@@ -175,11 +179,11 @@ def read_streams(x: Tensor, pre: Tensor) -> Tensor:
 def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.mix_streams`."""
     if library := _compiled(x, y, post, comb):
-        inputs = [t.contiguous() for t in (x, y, post, comb)]
+        inputs = _wide(x, y, post, comb)
         out = torch.empty_like(inputs[0])
         pointers = [t.data_ptr() for t in inputs]
         library.ff_mix_streams(*pointers, *x.shape, out.data_ptr(), torch.get_num_threads())
-        return out
+        return out.to(x.dtype)
     if not (_worth_compiling(x) and x.dtype == post.dtype):
         return reference.mix_streams(x, y, post, comb)
     learnt: Tensor = _apply(_Mix, x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())
