@@ -44,6 +44,11 @@ def test_a_library_that_is_missing_or_broken_is_left_aside(fresh, tmp_path, monk
     assert native.library() is None and not build.is_current(path)
 
 
+def test_where_there_is_a_compiler_the_kernels_are_there():
+    """Else every test of theirs would be skipped and nobody would know."""
+    assert build.compiler() is None or native.library() is not None
+
+
 @pytest.mark.skipif(native.library() is None, reason="the kernels are not compiled here")
 def test_a_library_of_other_sources_is_left_aside(fresh, monkeypatch, caplog):
     assert build.is_current() and build.build() is None
