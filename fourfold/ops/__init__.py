@@ -31,6 +31,7 @@ TWINS: dict[str, tuple[str, ...]] = {
         "quantized_linear",
         "read_streams",
         "rms_norm",
+        "select_positions",
         "select_topk",
     )
 }
@@ -71,6 +72,7 @@ attention = _dispatched("attention")
 attention_mass = _dispatched("attention_mass")
 linear = _dispatched("linear")
 experts = _dispatched("experts")
+select_positions = _dispatched("select_positions")
 select_topk = _dispatched("select_topk")
 hyper_maps = _dispatched("hyper_maps")
 read_streams = _dispatched("read_streams")
@@ -86,6 +88,9 @@ from fourfold.ops.reference import (  # noqa: E402
     Quantized,
     attention_probs,
     block_counts,
+    block_means,
+    candidate_keys,
+    chosen_positions,
     dequantize_fp4,
     dequantize_fp8,
     dequantize_int4,
@@ -122,6 +127,9 @@ __all__ = [
     "attention_mass",
     "attention_probs",
     "block_counts",
+    "block_means",
+    "candidate_keys",
+    "chosen_positions",
     "compute_dtype",
     "dequantize_fp4",
     "dequantize_fp8",
@@ -154,6 +162,7 @@ __all__ = [
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
+    "select_positions",
     "select_topk",
     "simulate_fp4",
     "simulate_fp8",

@@ -200,6 +200,28 @@ def mix_streams_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     )
 
 
+def select_positions_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    """Whole numbers, so that every way of adding up is exact, and few of them, so that scores are often equal."""
+    batch, heads, dim, block = rng.randint(1, 2), rng.choice([1, 3, 16, 21]), width(size, rng), rng.choice([1, 2, 4])
+    page_size, queries, blocks = block * rng.choice([1, 4, 16]), length(size, rng, 40), rng.randint(1, 6)
+    past = torch.tensor([rng.randint(0, 150) for _ in range(batch)])
+    each = -(-(int(past.max()) + max(queries, 1)) // page_size)
+    keys = torch.randint(-2, 3, (batch * each + 1, page_size, dim)).to(dtype)
+    summaries = torch.randint(-2, 3, (batch * each + 1, page_size // block, dim)).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Case(
+        [
+            torch.randint(-2, 3, (batch, queries, heads, dim)).to(wide),
+            torch.randint(-1, 3, (batch, queries, heads)).to(wide),
+            keys,
+            torch.randperm(batch * each).view(batch, each),
+            past,
+            rng.choice([1, 5, 64]),
+            *([summaries, blocks] if rng.random() < 0.7 else []),
+        ]
+    )
+
+
 CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
     "apply_rope": apply_rope_case,
     "attention": attention_case,
@@ -211,6 +233,7 @@ CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
     "mix_streams": mix_streams_case,
     "read_streams": read_streams_case,
     "rms_norm": rms_norm_case,
+    "select_positions": select_positions_case,
     "select_topk": select_topk_case,
 }
 
@@ -260,7 +283,7 @@ def test_twin_equals_reference(device, name, size, dtype, layout):
         args = case.args
         if layout == "strided":
             args = [strided(a, rng) if isinstance(a, Tensor) else a for a in args]
-        if name == "select_topk":
+        if name.startswith("select"):
             assert torch.equal(twin(*args), law(*case.args))
             continue
         # Half types are held to the reference in float32: their own reference rounds too.

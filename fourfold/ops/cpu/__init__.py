@@ -2,7 +2,7 @@
 
 from fourfold.ops.cpu.attention import attention, attention_mass
 from fourfold.ops.cpu.experts import experts
-from fourfold.ops.cpu.index import select_topk
+from fourfold.ops.cpu.index import select_positions, select_topk
 from fourfold.ops.cpu.latent import latent_attention
 from fourfold.ops.cpu.linear import linear
 from fourfold.ops.cpu.norm import rms_norm
@@ -24,5 +24,6 @@ __all__ = [
     "quantized_linear",
     "read_streams",
     "rms_norm",
+    "select_positions",
     "select_topk",
 ]

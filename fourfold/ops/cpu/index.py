@@ -1,9 +1,13 @@
-"""Top-k selection without sorting all keys."""
+"""Top-k selection without sorting all keys, and without holding all scores where they lie in pages."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fourfold.ops import reference
+from fourfold.ops.cpu import native
+from fourfold.ops.cpu.quantized import route
 
 
 def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
@@ -15,3 +19,45 @@ def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     above, tied = scores > threshold, scores == threshold
     newer_ties = tied.flip(-1).cumsum(-1).flip(-1)
     return (above | (tied & (newer_ties <= k - above.sum(-1, keepdim=True)))) & visible
+
+
+def select_positions(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    pages: Tensor,
+    past: Tensor,
+    k: int,
+    summaries: Tensor | None = None,
+    blocks: int = 0,
+) -> Tensor:
+    """See :func:`fourfold.ops.reference.select_positions`; by the compiled kernel."""
+    lying = [keys] if summaries is None else [keys, summaries]
+    fits = all(t.dtype == keys.dtype and t.stride()[1:] == (t.shape[-1], 1) for t in lying)
+    fits = fits and keys.dtype in (torch.float32, torch.bfloat16) and q.dtype == weights.dtype == torch.float32
+    if not fits or route() != "native":
+        return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks)
+    q, weights, pages, past = (t.detach().contiguous() for t in (q, weights, pages, past))
+    out = torch.empty(*q.shape[:2], k, dtype=torch.int64)
+    library = native.library()
+    assert library is not None
+    library.ff_select_positions(
+        keys.data_ptr(),
+        None if summaries is None else summaries.data_ptr(),
+        keys.dtype == torch.bfloat16,
+        pages.data_ptr(),
+        pages.shape[1],
+        keys.stride(0),
+        0 if summaries is None else summaries.stride(0),
+        keys.shape[1],
+        1 if summaries is None else keys.shape[1] // summaries.shape[1],
+        blocks,
+        past.data_ptr(),
+        q.data_ptr(),
+        weights.data_ptr(),
+        *q.shape,
+        k,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

@@ -22,7 +22,14 @@ from fourfold.ops.reference.blocks import (
     unpack_nibbles,
 )
 from fourfold.ops.reference.experts import experts, swiglu
-from fourfold.ops.reference.index import index_scores, select_topk
+from fourfold.ops.reference.index import (
+    block_means,
+    candidate_keys,
+    chosen_positions,
+    index_scores,
+    select_positions,
+    select_topk,
+)
 from fourfold.ops.reference.linear import linear
 from fourfold.ops.reference.ngram import ngram_rows
 from fourfold.ops.reference.norm import rms_norm
@@ -44,6 +51,9 @@ __all__ = [
     "attention_mass",
     "attention_probs",
     "block_counts",
+    "block_means",
+    "candidate_keys",
+    "chosen_positions",
     "dequantize_fp4",
     "dequantize_fp8",
     "dequantize_int4",
@@ -73,6 +83,7 @@ __all__ = [
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
+    "select_positions",
     "select_topk",
     "simulate_fp4",
     "simulate_fp8",

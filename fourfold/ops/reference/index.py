@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.ops.reference.norm import at_least_float32
@@ -27,3 +28,62 @@ def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     order = newest_first.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     chosen = torch.zeros_like(visible).scatter(-1, scores.shape[-1] - 1 - order, True)
     return chosen & visible
+
+
+def block_means(k: Tensor, size: int) -> Tensor:
+    """The summaries of whole blocks of ``size`` keys: their means. k: [..., S, D]. Returns [..., S // size, D]."""
+    blocks = k.shape[-2] // size
+    return k[..., : blocks * size, :].unflatten(-2, (blocks, size)).mean(-2)
+
+
+def candidate_keys(
+    q: Tensor, summaries: Tensor, weights: Tensor, positions: Tensor, size: int, blocks: int, count: int
+) -> Tensor:
+    """The keys that are worth an exact score: those of the ``blocks`` best blocks, a query's own block among them.
+
+    A query's choice rests on whole blocks before its own, hence on nothing after it, however its sequence is cut.
+    q, weights: of :func:`index_scores`; summaries: [B, n, D]; positions: int64 [B, L]. Returns bool [B, L, count].
+    """
+    own = (positions // size)[..., None]
+    number = torch.arange(max(summaries.shape[1], -(-count // size)), device=q.device)
+    scores = index_scores(q, summaries, weights)
+    scores = F.pad(scores, (0, len(number) - scores.shape[-1]))
+    near = select_topk(scores, (number < own) & (number < summaries.shape[1]), blocks - 1) | (number == own)
+    return near.repeat_interleave(size, dim=-1)[..., :count]
+
+
+def select_positions(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    pages: Tensor,
+    past: Tensor,
+    k: int,
+    summaries: Tensor | None = None,
+    blocks: int = 0,
+) -> Tensor:
+    """:func:`select_topk` of :func:`index_scores` over cached pages, as positions.
+
+    q, weights: of :func:`index_scores`; keys: [P, page_size, D]; pages: int64 [B, m], those of each sequence; past:
+    int64 [B], positions before the first query; summaries: [P, page_size / size, D], then among the
+    :func:`candidate_keys` alone. Returns int64 [B, L, k], ascending, -1 after the last.
+    """
+    rows = keys[pages].flatten(1, 2)
+    positions = past[:, None] + torch.arange(q.shape[1], device=q.device)
+    number = torch.arange(rows.shape[1], device=q.device)
+    visible = number <= positions[..., None]
+    if summaries is not None:
+        size = keys.shape[1] // summaries.shape[1]
+        means = summaries[pages].flatten(1, 2)
+        visible = visible & candidate_keys(q, means, weights, positions, size, blocks, len(number))
+    chosen = select_topk(index_scores(q, rows, weights), visible, k)
+    return chosen_positions(chosen, k)
+
+
+def chosen_positions(chosen: Tensor, k: int) -> Tensor:
+    """A mask of at most k keys a query as int64 [B, L, k]: ascending positions, -1 after the last."""
+    number = torch.arange(chosen.shape[-1], device=chosen.device)
+    none = chosen.shape[-1]
+    found = torch.where(chosen, number, none).sort(-1).values[..., :k]
+    found = F.pad(found, (0, k - found.shape[-1]), value=none)
+    return found.masked_fill(found == none, -1)
