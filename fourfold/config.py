@@ -157,6 +157,8 @@ class IndexerConfig:
 
     ``mode``: ``off`` (no indexer), ``dense`` (present, unused), ``warmup`` (dense attention, the
     indexer learns by KL and nothing else learns), ``sparse`` (attention over the selected keys).
+    ``candidate_blocks`` > 0: keys are scored only in so many blocks of ``block_size``, a query's own and those whose
+    mean key scores best; for ``mla``.
     """
 
     mode: str = "off"
@@ -164,11 +166,20 @@ class IndexerConfig:
     head_dim: int = 32
     topk: int = 64
     layers_per_indexer: int = 4
+    block_size: int = 32
+    candidate_blocks: int = 0  # 0: every key is scored
 
     def __post_init__(self) -> None:
         choose("indexer.mode", self.mode, ("off", "dense", "warmup", "sparse"))
-        for name in ("n_heads", "head_dim", "topk", "layers_per_indexer"):
+        for name in ("n_heads", "head_dim", "topk", "layers_per_indexer", "block_size"):
             require(getattr(self, name) > 0, f"indexer.{name}", "must be > 0")
+        require(self.candidate_blocks >= 0, "indexer.candidate_blocks", "must be >= 0")
+        reach = self.candidate_blocks * self.block_size
+        require(
+            not reach or reach >= self.topk,
+            "indexer.candidate_blocks",
+            f"holds {reach} keys in blocks of {self.block_size}, fewer than topk ({self.topk})",
+        )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Tail:
 class Layout:
     """What is kept of a sequence, by name.
 
-    slots: "layers.N.kv" and "layers.N.index"; tails: "layers.N.window", "layers.N.pool" and "layers.N.index_pool".
+    slots: "layers.N.kv", "layers.N.index" and "layers.N.summary"; tails: "layers.N.window", "layers.N.pool" and
+    "layers.N.index_pool".
     ``multiple``: what page_size must be a multiple of.
     """
 
@@ -81,6 +82,8 @@ def layout(cfg: ModelConfig, mtp: bool = False) -> Layout:
         kept.add_slot(f"layers.{layer}.kv", attention_width(cfg))
     for layer in [*indexer_layers(cfg), *(past if cfg.indexer.mode != "off" else ())]:
         kept.add_slot(f"layers.{layer}.index", cfg.indexer.head_dim)
+        if cfg.indexer.candidate_blocks:
+            kept.add_slot(f"layers.{layer}.summary", cfg.indexer.head_dim, cfg.indexer.block_size)
     return kept
 
 
@@ -254,6 +257,12 @@ class Cache:
         per_page = self.pool.page_size // self.pool.layout.slots[name].ratio
         tables = self._tables[sequences, : -(-count // per_page)]
         return self.pool.view(name)[tables].flatten(1, 2)[:, :count]
+
+    def read_blocks(self, name: str, sequences: Tensor, blocks: Tensor, size: int) -> Tensor:
+        """Rows ``size`` by ``size``, of a size that divides a page: those of the blocks with numbers ``blocks`` [M] of
+        ``sequences`` [M]. Returns [M, size, width]."""
+        pages = self._tables[sequences, blocks * size // self.pool.page_size]
+        return self.pool.view(name).unflatten(1, (-1, size))[pages, blocks % (self.pool.page_size // size)]
 
     def lie(self, name: str, sequences: Tensor) -> tuple[Tensor, Tensor]:
         """Where the rows of a slot lie: those of all pages, see :meth:`PagePool.view`, and int64 [B, m] the pages of

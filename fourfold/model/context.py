@@ -53,10 +53,24 @@ class Window:
 
 @dataclass
 class Selection:
-    """What an indexer chose for each window: scores float32 [B, L, S] and chosen bool [B, L, S]."""
+    """What an indexer chose for each window: scores float32 [B, L, S] and chosen bool [B, L, S]; or, of keys that lie
+    in the cache, their positions int64 [B, L, topk] alone, ascending, -1 after the last."""
 
     scores: list[Tensor]
     chosen: list[Tensor]
+    positions: list[Tensor] = field(default_factory=list)
+
+    def kept(self, number: int, topk: int) -> Tensor:
+        """int64 [B, L, topk], the same as positions whatever there is."""
+        return self.positions[number] if self.positions else ops.chosen_positions(self.chosen[number], topk)
+
+    def mask(self, number: int, window: Window) -> Tensor:
+        """bool [B, L, S], what was chosen for the window of this number."""
+        if self.chosen:
+            return self.chosen[number]
+        positions = self.positions[number]
+        mask = positions.new_zeros(*positions.shape[:2], window.length + 1, dtype=torch.bool)
+        return mask.scatter_(-1, torch.where(positions < 0, window.length, positions), True)[..., :-1]
 
 
 @dataclass

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import IndexerConfig, ModelConfig
+from fourfold.model.cache import Cache
 from fourfold.model.compressor import Compressor, gather_entries, visible_entries
-from fourfold.model.context import Context, Selection
+from fourfold.model.context import Context, Selection, Window
 
 
 class Indexer(nn.Module):
@@ -23,6 +24,7 @@ class Indexer(nn.Module):
         index, attention = cfg.indexer, cfg.attention
         query_width = attention.q_lora_rank or cfg.hidden_size
         self.cfg, self.rope_dim, self.slot = index, attention.qk_rope_head_dim, f"layers.{layer}.index"
+        self.summaries = f"layers.{layer}.summary"
         self.wq_b = nn.Linear(query_width, index.n_heads * index.head_dim, bias=False)
         self.wk = nn.Linear(cfg.hidden_size, index.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(index.head_dim, eps=1e-6)
@@ -44,13 +46,36 @@ class Indexer(nn.Module):
             ctx.cache.write(self.slot, k)
         selection = Selection([], [])
         for window in ctx.windows:
-            keys = k[window.rows]
             if ctx.cache is not None and window.sequences is not None:
-                keys = ctx.cache.read(self.slot, window.sequences, window.length)
+                found = self._select_cached(q[window.rows], weights[window.rows], window, window.sequences, ctx.cache)
+                selection.positions.append(found)
+                continue
+            keys, visible = k[window.rows], window.visible
             scores = ops.index_scores(q[window.rows], keys, weights[window.rows])
+            size, blocks = self.cfg.block_size, self.cfg.candidate_blocks
+            if blocks and window.ids is None and window.length > blocks * size:  # a packed row is never that long
+                means = ops.block_means(keys.detach(), size)
+                visible = visible & ops.candidate_keys(
+                    q[window.rows], means, weights[window.rows], window.positions, size, blocks, window.length
+                )
             selection.scores.append(scores)
-            selection.chosen.append(ops.select_topk(scores.detach(), window.visible, self.cfg.topk))
+            selection.chosen.append(ops.select_topk(scores.detach(), visible, self.cfg.topk))
         return selection
+
+    def _select_cached(self, q: Tensor, weights: Tensor, window: Window, sequences: Tensor, cache: Cache) -> Tensor:
+        """Positions among the cached keys, after the blocks that these queries have filled got their summaries."""
+        keys, pages = cache.lie(self.slot, sequences)
+        if not self.cfg.candidate_blocks:
+            return ops.select_positions(q, weights, keys, pages, window.past, self.cfg.topk)
+        size, queries = self.cfg.block_size, window.rows.shape[1]
+        number = window.past[:, None] // size + torch.arange(-(-queries // size) + 1, device=q.device)
+        row, column = ((number + 1) * size <= window.past[:, None] + queries).nonzero(as_tuple=True)
+        filled = sequences[row], number[row, column]
+        means = ops.block_means(cache.read_blocks(self.slot, *filled, size).float(), size)[:, 0]
+        cache.write_entries(self.summaries, means, *filled)
+        summaries, _ = cache.lie(self.summaries, sequences)
+        blocks = self.cfg.candidate_blocks
+        return ops.select_positions(q, weights, keys, pages, window.past, self.cfg.topk, summaries, blocks)
 
     def _rotate(self, x: Tensor, ctx: Context) -> Tensor:
         """Rotary positions on the first ``qk_rope_head_dim`` dimensions, half-split."""

@@ -63,7 +63,7 @@ class MLA(nn.Module):
             queries = window.take(q_nope), window.take(q_rope)
             if window.sequences is None or ctx.cache is None:
                 parts.append(self.naive(*queries, window.take(entries), window, number, ctx))
-            elif window.rows.shape[1] < ABSORB_BELOW:
+            elif window.rows.shape[1] < ABSORB_BELOW or self._gathers(window, ctx):
                 parts.append(self.absorbed(*queries, *ctx.cache.lie(self.slot, window.sequences), window, number, ctx))
             else:
                 keys = ctx.cache.read(self.slot, window.sequences, window.length).to(entries.dtype)
@@ -73,7 +73,14 @@ class MLA(nn.Module):
     def _chosen(self, window: Window, number: int, ctx: Context) -> Tensor:
         if self.mode != "sparse" or ctx.selection is None:
             return window.visible
-        return ctx.selection.chosen[number]
+        return ctx.selection.mask(number, window)
+
+    def _gathers(self, window: Window, ctx: Context) -> bool:
+        """Whether attending to the selected latents one by one costs less than to all expanded keys under a mask."""
+        if self.mode != "sparse" or ctx.selection is None:
+            return False
+        a = self.cfg
+        return window.length * (self.query_dim + a.v_head_dim) > self.topk * (2 * a.kv_lora_rank + a.qk_rope_head_dim)
 
     def naive(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context) -> Tensor:
         """Keys and values expanded per head. q_*: [B, L, H, *]; keys: [B, S, R + dr]. Returns [B, L, H, dv]."""
@@ -101,17 +108,16 @@ class MLA(nn.Module):
 
         entries: [P, page_size, R + dr]; pages: int64 [B, m].
         """
-        chosen = self._chosen(window, number, ctx)
         if ctx.probe is not None:
-            ctx.probe.selected.setdefault(self.layer, []).append(chosen)
-        batch, length, keys = chosen.shape
-        valid, indices = chosen.flatten(0, 1), None
-        if self.mode == "sparse" and self.topk < keys:
-            picked, indices = valid.to(torch.int8).topk(self.topk, dim=-1)
-            valid = picked.bool()
+            ctx.probe.selected.setdefault(self.layer, []).append(self._chosen(window, number, ctx))
+        if self.mode == "sparse" and ctx.selection is not None and self.topk < window.length:
+            positions = ctx.selection.kept(number, self.topk).flatten(0, 1)
+            valid, indices = positions >= 0, positions.clamp_min(0)
+        else:
+            valid, indices = self._chosen(window, number, ctx).flatten(0, 1), None
+        batch, length = window.rows.shape
         expansions = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
-        if length > 1:
-            pages = pages.repeat_interleave(length, dim=0)
+        pages = pages[:, None].expand(-1, length, -1).flatten(0, 1)
         out = ops.latent_attention(
             q_nope.flatten(0, 1), q_rope.flatten(0, 1), expansions, entries, pages, valid, self.scale, indices
         )

@@ -217,3 +217,54 @@ def test_sparse_loss_is_over_the_selected_keys():
 
     attention.indexer.forward = lowered
     torch.testing.assert_close(made(packed).index_loss, loss)
+
+
+TWO_LEVELS = {"indexer.block_size": 4, "indexer.candidate_blocks": 3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("chunks", [[64], [1] * 64, [3, 30, 1, 1, 17, 12], [8, 8, 48]], ids=str)
+def test_two_levels_choose_alike_however_a_sequence_is_cut(chunks, kernels, monkeypatch):
+    monkeypatch.setenv("FOURFOLD_KERNELS", kernels)
+    made, document, whole, cut = indexed(**TWO_LEVELS), tiny.text(64), Probe(), Probe()
+    wanted = made(pack([document]), probe=whole).logits
+    cache = Cache(PagePool(made.cfg, 20, page_size=8), [SequenceState(), SequenceState()])
+    done, logits, other = 0, [], tiny.text(64)
+    for n in chunks:  # beside another sequence that grows at its own pace
+        beside = other.slice(done // 2, (done + n) // 2)
+        parts = pack([document.slice(done, done + n), beside], starts=[s.length for s in cache.states])
+        logits.append(made(parts, cache=cache, probe=cut).logits[:n])
+        done += n
+    torch.testing.assert_close(torch.cat(logits), wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_two_levels_look_into_the_best_blocks_and_the_own_one():
+    made, probe = indexed(**TWO_LEVELS), Probe()
+    made(pack([tiny.text(64)]), probe=probe)
+    for chosen in probe.selected.values():
+        own = torch.arange(64) // 4
+        blocks = chosen[0][0].unflatten(-1, (16, 4)).any(-1)
+        assert (blocks.sum(-1) <= 3).all()
+        assert torch.equal(chosen[0][0].sum(-1), torch.arange(1, 65).clamp_max(4))
+        assert not (blocks & (torch.arange(16) > own[:, None])).any()
+
+
+@torch.no_grad()
+def test_with_room_for_all_blocks_two_levels_are_one():
+    flat, two = indexed(), indexed(**TWO_LEVELS | {"indexer.candidate_blocks": 16})
+    two.load_state_dict(flat.state_dict())
+    document = tiny.text(64)
+    assert torch.equal(flat(pack([document])).logits, two(pack([document])).logits)
+    less = indexed(**TWO_LEVELS)
+    less.load_state_dict(flat.state_dict())
+    assert not torch.equal(flat(pack([document])).logits, less(pack([document])).logits)
+
+
+@torch.no_grad()
+def test_nothing_later_changes_what_two_levels_choose():
+    made, document = indexed(**TWO_LEVELS), tiny.text(64)
+    whole = made(pack([document])).logits
+    for length in (13, 16, 37, 48):
+        torch.testing.assert_close(made(pack([document.slice(0, length)])).logits, whole[:length], rtol=1e-5, atol=1e-5)

@@ -22,7 +22,9 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: 
     if _compilable(x, indices, weights, gate_up, down):
         rows, chosen, shares = x.float().contiguous(), indices.contiguous(), weights.float().contiguous()
         y = torch.empty_like(rows)
-        native.library().ff_plain_experts(
+        library = native.library()
+        assert library is not None
+        library.ff_plain_experts(
             gate_up.dtype == torch.bfloat16,
             gate_up.data_ptr(),
             down.data_ptr(),

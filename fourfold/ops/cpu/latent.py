@@ -30,7 +30,9 @@ def latent_attention(
         return reference.latent_attention(q, q_rope, expansions, entries, pages, valid, scale, indices)
     batch, heads, nope = q.shape
     wide, wide_rope, expansions = q.float().contiguous(), q_rope.float().contiguous(), expansions.contiguous()
-    pages, valid = pages.contiguous(), valid.contiguous()
+    valid = valid.contiguous()
+    if pages.stride(-1) != 1:
+        pages = pages.contiguous()
     indices = None if indices is None else indices.contiguous()
     v = expansions.shape[1] - nope
     out = torch.empty(batch, heads, v)
@@ -40,7 +42,7 @@ def latent_attention(
         entries.data_ptr(),
         entries.dtype == torch.bfloat16,
         pages.data_ptr(),
-        pages.shape[1],
+        pages.stride(0),  # 0: all queries are of one sequence
         entries.stride(0),
         entries.shape[1],
         None if indices is None else indices.data_ptr(),

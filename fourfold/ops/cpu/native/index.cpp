@@ -139,7 +139,7 @@ extern "C" void ff_select_positions(const void* keys, const void* summaries, int
             }
         };
         auto visible = [&](int64_t t) { return past[b] + t + 1; };
-        if (!summaries) {
+        if (!summaries || (past[b] + last - 1) / block < blocks) {  // no block is left out
             stream(all, best, visible);
         } else {
             near.assign(last - first, Best{blocks - 1});

@@ -132,10 +132,10 @@ CLONES void unfold(const void* w, bool half, int64_t first, const float* x, int6
 
 // q: float [batch, heads, nope] and [batch, heads, rope]; expansions: [heads, nope + v, latent], W_UK before W_UV, or
 // null: then q is [batch, heads, latent] already, and so is the output. Otherwise out: float [batch, heads, v].
-// Row number s of sequence b begins, in numbers, at keys + pages[b, s / page_size] * page_stride
+// Row number s of sequence b begins, in numbers, at keys + pages[b * pages_stride + s / page_size] * page_stride
 // + s % page_size * (latent + rope).
 // indices: int64 [batch, count] of the rows to see, or null: 0 .. count - 1; valid: bool [batch, count] or null.
-extern "C" void ff_latent_attention(const void* keys, int half_keys, const int64_t* pages, int64_t n_pages,
+extern "C" void ff_latent_attention(const void* keys, int half_keys, const int64_t* pages, int64_t pages_stride,
                                     int64_t page_stride, int64_t page_size, const int64_t* indices,
                                     const uint8_t* valid, int64_t count, const float* q, const float* q_rope, const void* expansions, int half_expansions,
                                     int64_t batch, int64_t heads, int64_t nope, int64_t rope, int64_t v, int64_t latent,
@@ -171,7 +171,7 @@ extern "C" void ff_latent_attention(const void* keys, int half_keys, const int64
             for (; s < last && there < KEYS; s++) {
                 if (valid && !valid[b * count + s]) continue;
                 const int64_t row = indices ? indices[b * count + s] : s;
-                const int64_t at = pages[b * n_pages + row / page_size] * page_stride + row % page_size * (latent + rope);
+                const int64_t at = pages[b * pages_stride + row / page_size] * page_stride + row % page_size * (latent + rope);
                 const char* from = static_cast<const char*>(keys) + at * item;
                 float* to = tile.data() + there++ * width;
                 widen(from, half_keys, latent, to);
