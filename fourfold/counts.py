@@ -20,8 +20,8 @@ SHORT_CONV_TAPS = 4
 
 # Bytes a weight takes, scales included: a 16-bit one per 32 weights of int4, a 32-bit one per row of int8, here of
 # 256 weights, which few rows fall short of.
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 32}
-# Parts that int8 and int4 leave in bf16: small, or sensitive to rounding.
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 32, "fp8": 1 + 4 / 128**2}
+# Parts that int8, int4 and fp8 leave in bf16: small, or sensitive to rounding.
 KEPT_BF16 = ("embedding", "head", "indexer", "compressor", "router", "router_bias", "residual", "norms", "media")
 CACHE_BYTES = {"fp32": 4, "bf16": 2}
 TAIL_BYTES = 4  # what is kept of the last positions alone is float32
@@ -417,7 +417,7 @@ def _flops(cfg: ModelConfig, parts: dict[str, float]) -> dict[str, float]:
 
 
 def weight_bytes(cfg: ModelConfig, dtype: str = "bf16") -> dict[str, int]:
-    """Bytes of each part's weights, scales included; int8 and int4 keep the parts of ``KEPT_BF16`` in bf16, and of the
+    """Bytes of each part's weights, scales included; int8, int4 and fp8 keep the parts of ``KEPT_BF16`` in bf16, and of the
     others what :func:`_kept` counts.
 
     Raises ValueError if ``dtype`` is not one of ``WEIGHT_BYTES``.
@@ -425,7 +425,7 @@ def weight_bytes(cfg: ModelConfig, dtype: str = "bf16") -> dict[str, int]:
     if dtype not in WEIGHT_BYTES:
         raise ValueError(f"dtype: {dtype!r} is unknown; choose one of {', '.join(WEIGHT_BYTES)}")
     by_part = count_parameters(cfg)["by_part"]
-    if dtype not in ("int8", "int4"):
+    if dtype in ("fp32", "bf16"):
         return {part: round(count * WEIGHT_BYTES[dtype]) for part, count in by_part.items()}
     kept = dict.fromkeys(by_part, 0) | _kept(cfg) | {part: by_part[part] for part in KEPT_BF16}
     small, wide = WEIGHT_BYTES[dtype], WEIGHT_BYTES["bf16"]

@@ -30,7 +30,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_numbers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="fp32 or bf16 (default: fp32)")
-    parser.add_argument("--quant", choices=("int8", "int4"), help="quantise the large weights while loading")
+    parser.add_argument("--quant", choices=("int8", "int4", "fp8"), help="quantise the large weights while loading")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

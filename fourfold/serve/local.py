@@ -86,7 +86,7 @@ class LocalModel:
     ) -> LocalModel:
         """The bundled model called ``name``, or the one in the directory or GGUF file ``name``.
 
-        dtype: None is float32; quant: "int8" or "int4" of the large weights, made while loading; progress: a bar on
+        dtype: None is float32; quant: "int8", "int4" or "fp8" of the large weights, made while loading; progress: a bar on
         stderr. Raises ValueError if there is no such model, or for a dtype or quant that is none.
         """
         if dtype is not None and dtype not in DTYPES:

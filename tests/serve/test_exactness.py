@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fourfold.config import ModelConfig
 from fourfold.model.sequence import Document, pack
 from fourfold.model.transformer import Model
+from fourfold.quant.model import quantize_model
 from fourfold.serve.engine import Engine
 from fourfold.serve.running import Grammar
 from fourfold.text.formats import default_chat
@@ -29,6 +30,15 @@ def made(kind):
     elif kind == "guessing":
         torch.manual_seed(0)
         model = Model(ModelConfig.from_dict({**TINY, "mtp": {"num_layers": 1}}))
+    elif kind == "blocks":  # of keys, few of which get exact scores
+        torch.manual_seed(0)
+        indexer = TINY["indexer"] | {"topk": 8, "block_size": 4, "candidate_blocks": 4}
+        model = Model(ModelConfig.from_dict({**TINY, "indexer": indexer}))
+    elif kind in ("int8", "int4"):
+        torch.manual_seed(0)
+        moe = TINY["moe"] | {"moe_intermediate_size": 32}
+        model = Model(ModelConfig.from_dict({**TINY, "hidden_size": 64, "intermediate_size": 64, "moe": moe}))
+        model = quantize_model(model, kind)
     else:
         model = tiny_model()
     tokenizer = tiny_tokenizer()
@@ -53,7 +63,7 @@ PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 70), st.integers(0, 3), st
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@pytest.mark.parametrize("kind", ["sparse", "compressed", "guessing"])
+@pytest.mark.parametrize("kind", ["sparse", "compressed", "guessing", "blocks", "int8", "int4"])
 @given(
     asked=st.lists(PROMPTS, min_size=1, max_size=8),
     prefill=st.sampled_from([5, 16, 64]),

@@ -16,9 +16,9 @@
 
 namespace {
 
-constexpr int64_t TILE = 8;    // queries that share widened keys
-constexpr int64_t CHUNK = 64;  // keys widened at a time
-constexpr int FOUR = 4;        // keys that share a load of the query
+constexpr int64_t TILE = 16;   // queries that share keys laid out once
+constexpr int64_t CHUNK = 64;  // keys laid out at a time
+constexpr int EIGHT = 8;       // heads that share a load of the keys
 
 typedef std::pair<float, int64_t> Scored;  // pairs compare by score, then by position
 
@@ -53,45 +53,70 @@ struct Rows {
     bool half;
     const int64_t* pages;
     int64_t n_pages, page_stride, per_page, width;
-
-    // Rows first .. first + n - 1 of sequence b as floats
-    void widen(int64_t b, int64_t first, int64_t n, float* to) const;
 };
 
-CLONES void widen_row(const void* from, bool half, int64_t n, float* to) {
-    if (!half) {
-        std::memcpy(to, from, n * sizeof(float));
-        return;
-    }
-    const uint16_t* x = static_cast<const uint16_t*>(from);
-    for (int64_t i = 0; i < n; i++) to[i] = number(x[i]);
-}
-
-void Rows::widen(int64_t b, int64_t first, int64_t n, float* to) const {
-    for (int64_t s = first; s < first + n;) {  // a page at a time: its rows lie side by side
-        const int64_t row = s % per_page, together = std::min(per_page - row, first + n - s);
-        const int64_t at = pages[b * n_pages + s / per_page] * page_stride + row * width;
-        widen_row(static_cast<const char*>(data) + at * (half ? 2 : 4), half, together * width, to);
-        to += together * width;
-        s += together;
-    }
-}
-
-// out[s] = sum_h weight[h] relu(q[h] . k[s]); q: [width, lanes], a lane per head, lanes a multiple of LANES
-CLONES void score_keys(const float* q, const float* weight, int64_t lanes, int64_t width, const float* k, int64_t n, float* out) {
-    for (int64_t s = 0; s < n; s += FOUR) {
-        const float* row[FOUR];
-        for (int j = 0; j < FOUR; j++) row[j] = k + std::min(s + j, n - 1) * width;
-        Lanes total[FOUR] = {};
-        for (int64_t h = 0; h < lanes; h += LANES) {
-            Lanes dot[FOUR] = {};
-            for (int64_t i = 0; i < width; i++) {
-                const Lanes query = load(q + i * lanes + h);
-                for (int j = 0; j < FOUR; j++) dot[j] += query * row[j][i];
-            }
-            for (int j = 0; j < FOUR; j++) total[j] += (dot[j] > 0.f ? dot[j] : Lanes{}) * load(weight + h);
+// tile[i][j] becomes tile[j][i]: of each two rows d apart, two squares of side d change places
+INLINE void transpose(Lanes tile[LANES]) {
+    const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+    for (int d = 1; d < LANES; d *= 2) {
+        const IntLanes odd = (lane & d) != 0;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & d) continue;
+            const Lanes low = tile[i], high = tile[i + d];
+            tile[i] = __builtin_shuffle(low, high, odd ? lane - d + LANES : lane);
+            tile[i + d] = __builtin_shuffle(low, high, odd ? lane + LANES : lane + d);
         }
-        for (int j = 0; j < FOUR && s + j < n; j++) out[s + j] = sum(total[j]);
+    }
+}
+
+// Rows first .. first + n - 1 of sequence b, n <= CHUNK, as floats with a lane per row: to[i][s], i < width
+CLONES void lay_out(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
+    const int64_t wide = (rows.width + LANES - 1) / LANES * LANES;
+    for (int64_t s = 0; s < n; s += LANES)
+        for (int64_t i = 0; i < wide; i += LANES) {
+            Lanes tile[LANES] = {};
+            const int64_t some = std::min<int64_t>(LANES, rows.width - i);
+            for (int64_t j = 0; j < std::min<int64_t>(LANES, n - s); j++) {
+                const int64_t number = first + s + j;
+                const int64_t at = rows.pages[b * rows.n_pages + number / rows.per_page] * rows.page_stride +
+                                   number % rows.per_page * rows.width + i;
+                if (some == LANES) {
+                    tile[j] = rows.half ? load(static_cast<const uint16_t*>(rows.data) + at)
+                                        : load(static_cast<const float*>(rows.data) + at);
+                    continue;
+                }
+                for (int64_t x = 0; x < some; x++)
+                    tile[j][x] = rows.half ? ::number(static_cast<const uint16_t*>(rows.data)[at + x])
+                                           : static_cast<const float*>(rows.data)[at + x];
+            }
+            transpose(tile);
+            for (int64_t x = 0; x < some; x++) store(to + (i + x) * CHUNK + s, tile[x]);
+        }
+}
+
+// total += weight[h] relu(q[h] . k) for HEADS heads and sixteen keys
+template <int HEADS> INLINE Lanes add_heads(const float* q, const float* weight, int64_t width, const float* k, Lanes total) {
+    Lanes dot[HEADS] = {};
+    for (int64_t i = 0; i < width; i++) {
+        const Lanes key = load(k + i * CHUNK);
+        for (int h = 0; h < HEADS; h++) dot[h] += q[h * width + i] * key;
+    }
+    for (int h = 0; h < HEADS; h++) total += weight[h] * (dot[h] > 0.f ? dot[h] : Lanes{});
+    return total;
+}
+
+// out[s] = sum_h weight[h] relu(q[h] . k[s]) for keys as laid out above; heads are added up in their order, so a
+// score never depends on what else is scored
+CLONES void score_keys(const float* q, const float* weight, int64_t heads, int64_t width, const float* k, int64_t n, float* out) {
+    for (int64_t s = 0; s < n; s += LANES) {
+        Lanes total = {};
+        int64_t h = 0;
+        for (; h + EIGHT <= heads; h += EIGHT)
+            total = add_heads<EIGHT>(q + h * width, weight + h, width, k + s, total);
+        for (; h < heads; h++) total = add_heads<1>(q + h * width, weight + h, width, k + s, total);
+        store(out + s, total);
     }
 }
 
@@ -107,54 +132,39 @@ extern "C" void ff_select_positions(const void* keys, const void* summaries, int
                                     int64_t batch, int64_t queries, int64_t heads, int64_t width, int64_t k,
                                     int64_t* out, int threads) {
     const Rows all{keys, half != 0, pages, n_pages, page_stride, page_size, width};
-    const int64_t lanes = (heads + LANES - 1) / LANES * LANES, tiles = (queries + TILE - 1) / TILE;
+    const int64_t tiles = (queries + TILE - 1) / TILE;
     in_parts(threads, int(batch * tiles), [&](int part) {
         const int64_t b = part / tiles, first = part % tiles * TILE, last = std::min(queries, first + TILE);
-        static thread_local std::vector<float> turned, weight, wide, scores;
-        turned.assign(TILE * width * lanes, 0.f);
-        weight.assign(TILE * lanes, 0.f);
-        wide.resize(std::max(CHUNK, block) * width);
-        scores.resize(std::max(CHUNK, block));
-        std::vector<Best> best, near;
-        for (int64_t t = first; t < last; t++) {
-            const int64_t at = (b * queries + t) * heads;
-            for (int64_t h = 0; h < heads; h++) {
-                weight[(t - first) * lanes + h] = weights[at + h];
-                for (int64_t i = 0; i < width; i++)
-                    turned[((t - first) * width + i) * lanes + h] = q[(at + h) * width + i];
-            }
-            best.push_back(Best{k});
-        }
-        // Offers the rows of `from` before end(t) to the collection of each query t
-        auto stream = [&](const Rows& from, std::vector<Best>& to, auto end) {
-            const int64_t stop = end(last - 1);
-            for (int64_t s = 0; s < stop; s += CHUNK) {
-                from.widen(b, s, std::min(CHUNK, stop - s), wide.data());
-                for (int64_t t = first; t < last; t++) {
-                    const int64_t n = std::min(CHUNK, end(t) - s), i = t - first;
+        static thread_local std::vector<float> laid, scores;
+        laid.resize(width * CHUNK);
+        scores.resize(CHUNK);
+        std::vector<Best> best(last - first, Best{k}), near(last - first, Best{blocks - 1});
+        // Offers keys or summaries start .. stop - 1 to the collection of each query t, up to its own end(t)
+        auto stream = [&](const Rows& from, int64_t start, int64_t stop, int64_t t, int64_t until, auto& to, auto end) {
+            for (int64_t s = start; s < stop; s += CHUNK) {
+                const int64_t there = std::min(CHUNK, stop - s);
+                lay_out(from, b, s, there, laid.data());
+                for (int64_t each = t; each < until; each++) {
+                    const int64_t n = std::min(there, end(each) - s), at = (b * queries + each) * heads;
                     if (n <= 0) continue;
-                    score_keys(&turned[i * width * lanes], &weight[i * lanes], lanes, width, wide.data(), n, scores.data());
-                    to[i].offer(scores.data(), n, s);
+                    score_keys(q + at * width, weights + at, heads, width, laid.data(), n, scores.data());
+                    to[each - first].offer(scores.data(), n, s);
                 }
             }
         };
         auto visible = [&](int64_t t) { return past[b] + t + 1; };
-        if (!summaries || (past[b] + last - 1) / block < blocks) {  // no block is left out
-            stream(all, best, visible);
+        auto own_block = [&](int64_t t) { return (past[b] + t) / block; };
+        if (!summaries || own_block(last - 1) < blocks) {  // no block is left out
+            stream(all, 0, visible(last - 1), first, last, best, visible);
         } else {
-            near.assign(last - first, Best{blocks - 1});
-            if (blocks > 1)
-                stream(Rows{summaries, half != 0, pages, n_pages, summary_stride, page_size / block, width}, near,
-                       [&](int64_t t) { return (past[b] + t) / block; });
+            const Rows means{summaries, half != 0, pages, n_pages, summary_stride, page_size / block, width};
+            if (blocks > 1) stream(means, 0, own_block(last - 1), first, last, near, own_block);
             for (int64_t t = first; t < last; t++) {
-                const int64_t i = t - first;
-                near[i].sort_by_position();
-                near[i].kept.emplace_back(0.f, (past[b] + t) / block);
-                for (const Scored& found : near[i].kept) {
-                    const int64_t start = found.second * block, n = std::min(block, visible(t) - start);
-                    all.widen(b, start, n, wide.data());
-                    score_keys(&turned[i * width * lanes], &weight[i * lanes], lanes, width, wide.data(), n, scores.data());
-                    best[i].offer(scores.data(), n, start);
+                near[t - first].sort_by_position();
+                near[t - first].kept.emplace_back(0.f, own_block(t));
+                for (const Scored& found : near[t - first].kept) {
+                    const int64_t start = found.second * block;
+                    stream(all, start, std::min(start + block, visible(t)), t, t + 1, best, visible);
                 }
             }
         }
