@@ -417,8 +417,8 @@ def _flops(cfg: ModelConfig, parts: dict[str, float]) -> dict[str, float]:
 
 
 def weight_bytes(cfg: ModelConfig, dtype: str = "bf16") -> dict[str, int]:
-    """Bytes of each part's weights, scales included; int8, int4 and fp8 keep the parts of ``KEPT_BF16`` in bf16, and of the
-    others what :func:`_kept` counts.
+    """Bytes of each part's weights, scales included; int8, int4 and fp8 keep the parts of ``KEPT_BF16`` in bf16, and of
+    the others what :func:`_kept` counts.
 
     Raises ValueError if ``dtype`` is not one of ``WEIGHT_BYTES``.
     """

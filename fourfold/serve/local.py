@@ -86,8 +86,8 @@ class LocalModel:
     ) -> LocalModel:
         """The bundled model called ``name``, or the one in the directory or GGUF file ``name``.
 
-        dtype: None is float32; quant: "int8", "int4" or "fp8" of the large weights, made while loading; progress: a bar on
-        stderr. Raises ValueError if there is no such model, or for a dtype or quant that is none.
+        dtype: None is float32; quant: "int8", "int4" or "fp8" of the large weights, made while loading; progress: a
+        bar on stderr. Raises ValueError if there is no such model, or for a dtype or quant that is none.
         """
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: is {dtype!r}; choose one of {', '.join(DTYPES)}")
