@@ -18,6 +18,7 @@ from typing import Any
 
 from fourfold.config_media import MediaConfig
 from fourfold.data import corpus as corpora
+from fourfold.data.lessons import Lessons
 from fourfold.data.mixture import Mixture
 from fourfold.data.pack import Lanes
 from fourfold.data.records import Reader
@@ -26,7 +27,8 @@ from fourfold.data.skills import SKILLS
 from fourfold.model.sequence import Document
 from fourfold.text.tokenizer import Tokenizer
 
-KINDS = (*READERS, "hf", "skills")
+KINDS = (*READERS, "hf", "skills", "recall")
+MADE = ("skills", "recall")  # from nothing, or nearly
 KEPT_BAD = 1000  # samples left out that are remembered until somebody asks
 
 
@@ -38,12 +40,13 @@ class StreamError(ValueError):
 class SourceSpec:
     """One source of samples.
 
-    kind: jsonl, parquet, tar, hf (a data set of Hugging Face) or skills (the generated ones of ``data.mixture``).
+    kind: jsonl, parquet, tar, hf (a data set of Hugging Face), skills (the generated ones of ``data.mixture``) or
+    recall (documents with hidden answers, ``data.lessons``).
     path: a file, a folder, a glob; of hf a name or a folder; of skills the built corpus (empty: the default place).
     weight: share of samples, any positive scale. name: what the order, states and messages know it by (default: kind
     and path, so give one to data that may move). text, messages: the fields to read (of a tar, a .txt is ``text``).
     long: what becomes of plain text that is longer than a row, skip or split. split, subset: of hf and skills.
-    skills: skill -> share, of kind skills.
+    skills: skill or task -> share, of kinds skills and recall.
     """
 
     kind: str
@@ -64,10 +67,10 @@ class SourceSpec:
             raise StreamError(f"sources.weight: must be >= 0, not {self.weight}")
         if self.long not in ("skip", "split"):
             raise StreamError(f"sources.long: is {self.long!r}; choose skip or split")
-        if not self.path and self.kind != "skills":
+        if not self.path and self.kind not in MADE:
             raise StreamError("sources.path: must be given")
-        if (self.kind == "skills") != bool(self.skills):
-            raise StreamError("sources.skills: belong to the kind skills, which needs them")
+        if (self.kind in MADE) != bool(self.skills):
+            raise StreamError(f"sources.skills: belong to the kinds {' and '.join(MADE)}, which need them")
 
     @property
     def label(self) -> str:
@@ -211,10 +214,10 @@ class Sharded:
 
 
 class Generated:
-    """Every ``world``-th document of the generated skills, as a source."""
+    """Every ``world``-th generated document, as a source."""
 
     def __init__(
-        self, label: str, mixture: Mixture, most: int, rank: int, world: int, note: Callable[[Bad], None]
+        self, label: str, mixture: Mixture | Lessons, most: int, rank: int, world: int, note: Callable[[Bad], None]
     ) -> None:
         self.label, self.mixture, self.most, self.world, self.note = label, mixture, most, world, note
         self.next = rank
@@ -243,7 +246,7 @@ class Generated:
 class Opened:
     """What the streams of all ranks have in common. sources: label -> what was found, and what reads it."""
 
-    sources: dict[str, tuple[list[Shard] | Mixture, Reader]]
+    sources: dict[str, tuple[list[Shard] | Mixture | Lessons, Reader]]
     weights: dict[str, float]
     tokenizer: Tokenizer
     seed: int
@@ -259,7 +262,7 @@ class Opened:
         weights = {spec.label: spec.weight for spec in specs if spec.weight}
         if not weights:
             raise StreamError("sources: needs at least one positive weight")
-        sources: dict[str, tuple[list[Shard] | Mixture, Reader]] = {}
+        sources: dict[str, tuple[list[Shard] | Mixture | Lessons, Reader]] = {}
         for spec in specs:
             if not spec.weight:
                 continue
@@ -267,6 +270,8 @@ class Opened:
             try:
                 if spec.kind == "skills":
                     found: Any = Mixture(spec.skills, skills_corpus(spec), tokenizer, media, spec.split, seed)
+                elif spec.kind == "recall":
+                    found = Lessons(spec.skills, tokenizer, max_tokens, seed)
                 else:
                     found = find_shards(spec.kind, spec.path, spec.split, spec.subset)
             except Exception as error:  # of Hugging Face's hub, too
@@ -295,7 +300,7 @@ class Stream(Iterator[Document]):
         self.tokenizer, self.seed, self.rank, self.weights = opened.tokenizer, opened.seed, rank, opened.weights
         self.sources: dict[str, Sharded | Generated] = {}
         for label, (found, reader) in opened.sources.items():
-            if isinstance(found, Mixture):
+            if isinstance(found, Mixture | Lessons):
                 self.sources[label] = Generated(label, found, reader.max_tokens, rank, world, self._note)
             else:
                 self.sources[label] = Sharded(label, found, reader, opened.seed, rank, world, self._note)

@@ -26,13 +26,14 @@ from fourfold.model.probe import Probe
 from fourfold.model.transformer import Model
 from fourfold.text.tokenizer import Tokenizer, compress_vocabulary, train_tokenizer
 from fourfold.train import metrics
+from fourfold.train.length import skip_positions
 from fourfold.train.optim import SkipStep, build_optimizers, set_lr
 from fourfold.train.parallel import Parallel, parallelize, setup
 from fourfold.train.recipe import Phase, Recipe
 from fourfold.train.report import write_report
 from fourfold.train.state import Checkpoints, TrainState, seed_generators
 from fourfold.train.step import train_step
-from fourfold.weights.checkpoint import load_model, save_model, write_json
+from fourfold.weights.checkpoint import load_model, resolve, save_model, write_json
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,11 @@ def run_recipe(recipe: Recipe, parallel: Parallel) -> Path:
             due = step % recipe.log_every == 0 or step == recipe.steps
             began = time.perf_counter()
             packed = [next(batches).to(parallel.device) for _ in range(parts)]
+            if phase.span:
+                packed = [
+                    skip_positions(part, phase.span, recipe.seed, step, parallel.rank, number)
+                    for number, part in enumerate(packed)
+                ]
             probe = Probe() if due else None
             values = train_step(model, now.optimizers, packed, recipe, phase, probe, guard, step, parallel)
             speed.add(packed, time.perf_counter() - began)
@@ -160,6 +166,8 @@ def trained_config(model: Model, phase: Phase) -> ModelConfig | None:
 
 def run_tokenizer(run: Path, recipe: Recipe, console: Console, parallel: Parallel) -> Tokenizer:
     """The recipe's tokenizer, or one trained on the corpus once and kept in the run directory."""
+    if recipe.init:
+        return Tokenizer.load(resolve(recipe.init) / "tokenizer.json")
     path = Path(recipe.tokenizer) if recipe.tokenizer else run / "tokenizer.json"
     if recipe.tokenizer and not path.is_file():
         raise ValueError(f"tokenizer: {path} is not a file")
@@ -172,8 +180,16 @@ def run_tokenizer(run: Path, recipe: Recipe, console: Console, parallel: Paralle
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
-    """A fresh model whose Engram knows the tokenizer's compressed vocabulary."""
+    """A fresh model whose Engram knows the tokenizer's compressed vocabulary; or that which ``init`` names."""
     cfg = recipe.config()
+    if recipe.init:
+        begun, _ = load_model(resolve(recipe.init), torch.float32)
+        model = Model(cfg.replace(**{"engram.compressed_vocab_size": begun.cfg.engram.compressed_vocab_size}))
+        try:
+            model.load_state_dict(begun.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"init: {recipe.init} does not fit the recipe's model: {error}") from None
+        return model
     if cfg.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"model.vocab_size: {cfg.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}")
     compressed = compress_vocabulary(tokenizer)

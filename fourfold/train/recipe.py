@@ -12,6 +12,7 @@ from typing import Any
 from fourfold.config import ModelConfig
 from fourfold.data.stream import SourceSpec
 from fourfold.fields import ConfigError, choose, from_dict, parse_override, require
+from fourfold.weights.checkpoint import open_source, resolve
 
 # ---------------------------------------------------------------- schedules: what the peak rate is multiplied by
 # at ``step`` of ``steps``; all warm up linearly over ``warmup`` steps and go down to ``end``.
@@ -47,18 +48,20 @@ SCHEDULES = {"linear": linear, "wsd": wsd, "cosine": cosine}
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the run. ``indexer``: its mode (``IndexerConfig``); ``mtp``: weight of the MTP loss;
+    ``span``: positions are skipped at random so that they reach up to it (``train.length``; 0: none is);
     ``weights``: the mixture from here on, skills or names of sources (empty: as before)."""
 
     steps: int
     indexer: str = "dense"
     mtp: float = 0.0
+    span: int = 0
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         modes = ("dense", "warmup", "sparse")
         if self.indexer not in modes:
             raise ConfigError(f"phases.indexer: is {self.indexer!r}; choose one of {', '.join(modes)}")
-        for name in ("steps", "mtp"):
+        for name in ("steps", "mtp", "span"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"phases.{name}: must be >= 0")
 
@@ -128,13 +131,15 @@ class Parallel:
 @dataclass(frozen=True)
 class Recipe:
     """``model``: dotted overrides of the preset. What is learnt from: ``weights``, skill -> share of documents
-    (data.mixture), or ``sources`` (data.stream). ``recompute``: blocks keep no activations for the backward pass."""
+    (data.mixture), or ``sources`` (data.stream). ``init``: a model to begin with, which then stands for the preset and
+    the tokenizer. ``recompute``: blocks keep no activations for the backward pass."""
 
     out: str
     phases: tuple[Phase, ...]
     weights: dict[str, float] = field(default_factory=dict)
     sources: tuple[SourceSpec, ...] = ()
     preset: str = "nano"
+    init: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""  # directory of the built data; empty: the default place
     tokenizer: str = ""  # tokenizer.json; empty: trained on the corpus
@@ -163,6 +168,20 @@ class Recipe:
         for phase in self.phases:
             unknown = phase.weights.keys() - names if self.sources else ()
             require(not unknown, "phases.weights", f"{', '.join(sorted(unknown))} is no source of this recipe")
+        self._check_spans()
+        require(not (self.init and self.tokenizer), "tokenizer", "is that of init where init is given")
+
+    def _check_spans(self) -> None:
+        span = max(phase.span for phase in self.phases)
+        if not span:
+            return
+        cfg = self.config()
+        require(
+            span <= cfg.max_position_embeddings,
+            "phases.span",
+            f"is {span}; must be at most model.max_position_embeddings ({cfg.max_position_embeddings})",
+        )
+        require(not cfg.attention.is_compressed, "phases.span", "must be 0 where positions are pooled in their groups")
 
     @property
     def steps(self) -> int:
@@ -200,6 +219,8 @@ class Recipe:
         """The model's. TOML has no null, so media are switched off by ``model.media.image = "off"``."""
         values = dict(_dotted(self.model))
         off = {name: None for name, value in values.items() if name.startswith("media.") and value == "off"}
+        if self.init:
+            return open_source(resolve(self.init)).cfg.replace(**values | off)
         return ModelConfig.preset(self.preset, **values | off)
 
     def to_dict(self) -> dict[str, Any]:
