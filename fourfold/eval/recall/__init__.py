@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fourfold.config import ModelConfig
 from fourfold.data.recall import Query, Recall, document
 from fourfold.eval import Subject
 from fourfold.eval.media import wilson
@@ -94,7 +95,7 @@ def greedy(model: Subject, made: Recall, page_size: int = 64) -> list[list[int]]
     size = math.lcm(page_size, PagePool(network.cfg, 1, math.lcm(page_size, 128)).layout.multiple)
     pool = PagePool(network.cfg, -(-len(ids) // size) + -(-longest // size) + 2, size, device=device)
     state = SequenceState()
-    chunk = max(64, min(2048, SCORES // len(ids)))
+    chunk = max(64, min(2048, int(SCORES / min(len(ids), _reach(network.cfg)))))
     for start in range(0, len(ids), chunk):
         _read(network, pool, state, ids[start : start + chunk])
     answers = []
@@ -106,6 +107,15 @@ def greedy(model: Subject, made: Recall, page_size: int = 64) -> list[list[int]]
         pool.release(branch.pages)
         answers.append(said)
     return answers
+
+
+def _reach(cfg: ModelConfig) -> float:
+    """Keys that a chunk of the prefill may hold scores of at once: all, unless a selection is streamed (``MLA``)."""
+    a = cfg.attention
+    if a.kind != "mla" or cfg.indexer.mode != "sparse":
+        return math.inf
+    gathered = cfg.indexer.topk * (2 * a.kv_lora_rank + a.qk_rope_head_dim)
+    return gathered / (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
 
 
 def fork(pool: PagePool, state: SequenceState) -> SequenceState:
