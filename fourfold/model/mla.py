@@ -21,12 +21,19 @@ from fourfold.model.norm import RMSNorm
 ABSORB_BELOW = 8  # queries per sequence; expanding all cached keys for fewer costs more than it saves
 
 
+def gather_above(cfg: ModelConfig) -> float:
+    """Cached keys from which attending to the selected latents alone costs less than to all expanded keys, masked."""
+    a = cfg.attention
+    gathered = cfg.indexer.topk * (2 * a.kv_lora_rank + a.qk_rope_head_dim)
+    return gathered / (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+
+
 class MLA(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, indexer: Indexer | None) -> None:
         super().__init__()
         a = cfg.attention
         self.cfg, self.mode, self.topk = a, cfg.indexer.mode, cfg.indexer.topk
-        self.layer, self.slot = layer, f"layers.{layer}.kv"
+        self.layer, self.slot, self.gather_above = layer, f"layers.{layer}.kv", gather_above(cfg)
         self.heads, self.query_dim = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
         self.scale = self.query_dim**-0.5 * ops.yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
         if a.q_lora_rank:
@@ -76,11 +83,7 @@ class MLA(nn.Module):
         return ctx.selection.mask(number, window)
 
     def _gathers(self, window: Window, ctx: Context) -> bool:
-        """Whether attending to the selected latents one by one costs less than to all expanded keys under a mask."""
-        if self.mode != "sparse" or ctx.selection is None:
-            return False
-        a = self.cfg
-        return window.length * (self.query_dim + a.v_head_dim) > self.topk * (2 * a.kv_lora_rank + a.qk_rope_head_dim)
+        return self.mode == "sparse" and ctx.selection is not None and window.length > self.gather_above
 
     def naive(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context) -> Tensor:
         """Keys and values expanded per head. q_*: [B, L, H, *]; keys: [B, S, R + dr]. Returns [B, L, H, dv]."""

@@ -18,6 +18,7 @@ from fourfold.data.recall import Query, Recall, document
 from fourfold.eval import Subject
 from fourfold.eval.media import wilson
 from fourfold.model.cache import Cache, PagePool, SequenceState
+from fourfold.model.mla import gather_above
 from fourfold.model.sequence import Document, pack
 from fourfold.model.transformer import Model
 from fourfold.text.chat import Text
@@ -110,12 +111,9 @@ def greedy(model: Subject, made: Recall, page_size: int = 64) -> list[list[int]]
 
 
 def _reach(cfg: ModelConfig) -> float:
-    """Keys that a chunk of the prefill may hold scores of at once: all, unless a selection is streamed (``MLA``)."""
-    a = cfg.attention
-    if a.kind != "mla" or cfg.indexer.mode != "sparse":
-        return math.inf
-    gathered = cfg.indexer.topk * (2 * a.kv_lora_rank + a.qk_rope_head_dim)
-    return gathered / (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+    """Keys that a chunk of the prefill may hold scores of at once: all, unless a selection is streamed."""
+    streamed = cfg.attention.kind == "mla" and cfg.indexer.mode == "sparse"
+    return gather_above(cfg) if streamed else math.inf
 
 
 def fork(pool: PagePool, state: SequenceState) -> SequenceState:
