@@ -1,6 +1,7 @@
 """Pure tensor functions. Each has one reference; some devices have faster twins of the same signature.
 
-The twin is picked by the device of the first tensor. ``FOURFOLD_BACKEND=reference`` switches all twins off.
+The twin is picked by the device of the first tensor, on a GPU those in Triton where that is installed.
+``FOURFOLD_BACKEND=reference`` switches all twins off; the name of a package of them switches those on for any device.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,8 +35,20 @@ TWINS: dict[str, tuple[str, ...]] = {
         "rms_norm",
         "select_positions",
         "select_topk",
-    )
+    ),
+    "triton": (
+        "experts",
+        "hyper_maps",
+        "index_scores",
+        "latent_attention",
+        "mix_streams",
+        "ngram_rows",
+        "read_streams",
+        "rms_norm",
+        "select_positions",
+    ),
 }
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # of a device
 
 
 @cache
@@ -42,7 +56,11 @@ def implementation(name: str, device: str, backend: str | None) -> Callable[...,
     """The function that runs op ``name`` on ``device``; ``backend`` is the operator's override."""
     if backend not in (None, "reference", *TWINS):
         raise ValueError(f"FOURFOLD_BACKEND: {backend!r} is unknown; choose reference or one of {', '.join(TWINS)}")
-    chosen = backend or device
+    chosen = backend or BACKENDS.get(device, "reference")
+    if chosen == "triton" and find_spec("triton") is None:
+        if backend:
+            raise ValueError("FOURFOLD_BACKEND: is triton, which is not installed")
+        chosen = "reference"
     if name in TWINS.get(chosen, ()):
         return getattr(importlib.import_module(f"fourfold.ops.{chosen}"), name)
     return getattr(reference, name)
@@ -72,6 +90,8 @@ attention = _dispatched("attention")
 attention_mass = _dispatched("attention_mass")
 linear = _dispatched("linear")
 experts = _dispatched("experts")
+index_scores = _dispatched("index_scores")
+ngram_rows = _dispatched("ngram_rows")
 select_positions = _dispatched("select_positions")
 select_topk = _dispatched("select_topk")
 hyper_maps = _dispatched("hyper_maps")
@@ -100,8 +120,6 @@ from fourfold.ops.reference import (  # noqa: E402
     e8m0_decode,
     e8m0_encode,
     fp4_to_fp8,
-    index_scores,
-    ngram_rows,
     pack_nibbles,
     pool,
     quantize_fp4,
