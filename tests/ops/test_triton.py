@@ -14,10 +14,10 @@ from fourfold.ops import reference
 INSTALLED = find_spec("triton") is not None
 
 
-def run_cases(device: str, **changes: str) -> str:
+def run(*program: str, **changes: str) -> str:
     """In a process of its own: whether Triton interprets is decided when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.triton_cases", device],
+        [sys.executable, "-m", *program],
         env=os.environ | changes,
         capture_output=True,
         text=True,
@@ -29,13 +29,18 @@ def run_cases(device: str, **changes: str) -> str:
 
 @pytest.mark.skipif(not INSTALLED, reason="needs triton, which is for Linux")
 def test_every_twin_agrees_with_its_reference_in_the_interpreter():
-    said = run_cases("cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    said = run("tests.ops.triton_cases", "cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert all(f"{name} agrees" in said for name in ops.TWINS["triton"])
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs triton, which is for Linux")
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    run("tests.ops.triton_compile", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.skipif(not (INSTALLED and torch.cuda.is_available()), reason="needs a GPU")
 def test_every_twin_agrees_with_its_reference_on_a_gpu():
-    run_cases("cuda")
+    run("tests.ops.triton_cases", "cuda")
 
 
 def test_a_gpu_without_triton_uses_the_reference(monkeypatch):
