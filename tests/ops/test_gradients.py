@@ -92,9 +92,13 @@ def test_gradient_of_the_reference(name):
 def test_every_differentiable_op_is_checked():
     constants = {
         "attention_mass",
+        "block_means",
+        "candidate_keys",
+        "chosen_positions",
         "ngram_rows",
         "rope_frequencies",
         "rope_tables",
+        "select_positions",
         "select_topk",
         "yarn_mscale",
     }  # no gradient

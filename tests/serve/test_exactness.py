@@ -20,6 +20,7 @@ from tests.serve.test_tails import COMPRESSED
 from tests.serve.tiny import TINY, tiny_model, tiny_tokenizer
 
 STEMS = [[20 + (n * k) % 230 for n in range(70)] for k in (1, 7, 11)]
+QUANTISED = ("int8", "int4")
 
 
 @cache
@@ -34,7 +35,7 @@ def made(kind):
         torch.manual_seed(0)
         indexer = TINY["indexer"] | {"topk": 8, "block_size": 4, "candidate_blocks": 4}
         model = Model(ModelConfig.from_dict({**TINY, "indexer": indexer}))
-    elif kind in ("int8", "int4"):
+    elif kind in QUANTISED:
         torch.manual_seed(0)
         moe = TINY["moe"] | {"moe_intermediate_size": 32}
         model = Model(ModelConfig.from_dict({**TINY, "hidden_size": 64, "intermediate_size": 64, "moe": moe}))
@@ -47,23 +48,30 @@ def made(kind):
 
 @cache
 def plain(kind, ids, count):
-    """The greedy answer, each token from a forward over everything before it."""
+    """The greedy answer, each token from a forward over everything before it, and whether it is the whole of it.
+
+    Quantised models round activations to codes, where the last bit of a sum, which depends on the shapes of its
+    kernel, can become a whole code. Their answer is taken as far as no second token comes that near to the first.
+    """
     model, tokenizer, grammar = made(kind)
     said: list[int] = []
     banned = grammar.banned("content", False)
+    nearest = 0.1 if kind in QUANTISED else 0.0  # the logits' standard deviation is 1.5
     with torch.inference_mode():
         while len(said) < count and not grammar.stops & set(said):
             logits = model(pack([Document.text([*ids, *said])]), logits="last").logits[0]
-            said.append(int(logits.index_fill(0, banned, -torch.inf).argmax()))
-    text = tokenizer.decode(said)
-    return len(said), text.replace("\ufffd", "")
+            (first, second), (best, _) = logits.index_fill(0, banned, -torch.inf).topk(2)
+            if first - second < nearest:
+                return len(said), tokenizer.decode(said).replace("\ufffd", ""), False
+            said.append(int(best))
+    return len(said), tokenizer.decode(said).replace("\ufffd", ""), True
 
 
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 70), st.integers(0, 3), st.integers(1, 14))
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@pytest.mark.parametrize("kind", ["sparse", "compressed", "guessing", "blocks", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["sparse", "compressed", "guessing", "blocks", *QUANTISED])
 @given(
     asked=st.lists(PROMPTS, min_size=1, max_size=8),
     prefill=st.sampled_from([5, 16, 64]),
@@ -89,4 +97,8 @@ def test_greedy_tokens_are_those_of_the_plain_model(kind, asked, prefill, pages,
                 for handle, (ids, count) in zip(handles, cases, strict=True):
                     deltas, finished = collect(handle)
                     text = "".join(t for _, t in deltas).replace("\ufffd", "")
-                    assert (finished.usage.completion_tokens, text) == plain(kind, ids, count)
+                    tokens, answer, whole = plain(kind, ids, count)
+                    if whole:
+                        assert (finished.usage.completion_tokens, text) == (tokens, answer)
+                    else:
+                        assert text.startswith(answer)
