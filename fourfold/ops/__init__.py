@@ -43,6 +43,8 @@ TWINS: dict[str, tuple[str, ...]] = {
         "latent_attention",
         "mix_streams",
         "ngram_rows",
+        "quantized_experts",
+        "quantized_linear",
         "read_streams",
         "rms_norm",
         "select_positions",
@@ -105,6 +107,7 @@ quantized_experts = _dispatched("quantized_experts")
 quantized_linear = _dispatched("quantized_linear")
 
 from fourfold.ops.reference import (  # noqa: E402
+    FP8_BLOCK,
     Quantized,
     attention_probs,
     block_counts,
@@ -137,6 +140,7 @@ from fourfold.ops.reference import (  # noqa: E402
 )
 
 __all__ = [
+    "FP8_BLOCK",
     "Quantized",
     "TWINS",
     "apply_rope",

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold import ops
@@ -21,7 +20,7 @@ KINDS = ("int8", "int4")  # of whole numbers
 ALL_KINDS = (*KINDS, "fp8")
 INT4_GROUP = 32
 GROUPS = (32, 64, 128)
-FP8_BLOCK = (128, 128)
+FP8_BLOCK = ops.FP8_BLOCK
 
 
 def check_kind(kind: str, group: int = INT4_GROUP) -> None:
@@ -64,7 +63,7 @@ class QuantizedWeight(nn.Module):
         self._held: ops.Quantized | None = None  # codes and scales as the kernels know them
 
     def held(self) -> ops.Quantized:
-        """Codes and scales as they are now, plain or packed. Not for fp8."""
+        """Codes and scales as they are now, plain or packed."""
         held = self._held
         if held is None or held.codes is not self.codes or held.scales is not self.scales:
             held = self._held = ops.Quantized(self.codes, self.scales, tuple(self.shape), self.kind, self.group)
@@ -80,7 +79,7 @@ class QuantizedWeight(nn.Module):
 
     def unpack(self) -> None:
         """Back to the plain layout."""
-        if self.kind != "fp8" and self.held().packed:
+        if self.held().packed:
             with torch.inference_mode(False), torch.no_grad():
                 self._hold(self.held().to_plain())
 
@@ -89,9 +88,8 @@ class QuantizedWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.kind != "fp8":
-            plain = self.held().to_plain()
-            destination[f"{prefix}codes"], destination[f"{prefix}scales"] = plain.codes, plain.scales
+        plain = self.held().to_plain()
+        destination[f"{prefix}codes"], destination[f"{prefix}scales"] = plain.codes, plain.scales
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unpack()
@@ -129,11 +127,8 @@ class QuantizedWeight(nn.Module):
 
     def dequantize(self, index: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """All numbers, or those of matrix ``index`` of a stack, in ``dtype`` or that of the module."""
-        if self.kind != "fp8":
-            held = self.held() if index is None else self.held()[index]
-            return held.dequantize(dtype or self.dtype)
-        codes, scales = (self.codes, self.scales) if index is None else (self.codes[index], self.scales[index])
-        return ops.dequantize_fp8(codes, scales, FP8_BLOCK).to(dtype or self.dtype)
+        held = self.held() if index is None else self.held()[index]
+        return held.dequantize(dtype or self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves like any module, but a cast changes only what comes out: rounded scales would be other numbers."""
@@ -172,8 +167,6 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out], computed in the dtype of x."""
-        if self.kind == "fp8":
-            return F.linear(x, self.dequantize(dtype=x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return ops.quantized_linear(x, self.packed(), self.bias)
 
 
@@ -224,33 +217,14 @@ class QuantizedStack(QuantizedWeight):
 
         shared: gate, up and down of an expert that every token has besides. Also returns whether it is in the sum.
         """
-        if self.kind == down.kind != "fp8" and self.group == down.group:
-            alike = [
-                m for m in shared if isinstance(m, QuantizedLinear) and (m.kind, m.group) == (self.kind, self.group)
-            ]
-            together = len(alike) == 3 and all(m.bias is None for m in alike)
-            more = tuple(m.packed() for m in alike) if together else None
-            return ops.quantized_experts(x, indices, weights, self.packed(), down.packed(), limit, more), together
-        used, indices = indices.unique(return_inverse=True)
-        chosen = [SelectedExperts(stack, used.tolist(), x.dtype) for stack in (self, down)]
-        return ops.reference.experts(x, indices, weights, *chosen, limit), False  # type: ignore[arg-type]
-
-
-class SelectedExperts:
-    """Some experts of a stack, one dequantised at a time."""
-
-    def __init__(self, stack: QuantizedStack, experts: list[int], dtype: torch.dtype) -> None:
-        self.stack, self.numbers, self.dtype = stack, experts, dtype
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, number: int) -> Tensor:
-        return self.stack.dequantize(self.numbers[number], self.dtype)
+        alike = [m for m in shared if isinstance(m, QuantizedLinear) and (m.kind, m.group) == (self.kind, self.group)]
+        together = len(alike) == 3 and all(m.bias is None for m in alike)
+        more = tuple(m.packed() for m in alike) if together else None
+        return ops.quantized_experts(x, indices, weights, self.packed(), down.packed(), limit, more), together
 
 
 def pack(model: nn.Module) -> None:
     """Packs all weights of ``model`` that kernels multiply with, which their first use would otherwise do."""
     for module in model.modules():
-        if isinstance(module, (QuantizedLinear, QuantizedStack)) and module.kind != "fp8":
+        if isinstance(module, (QuantizedLinear, QuantizedStack)):
             module.packed()

@@ -20,7 +20,7 @@ from fourfold.ops.cpu.norm import FEW as FEW_ROWS
 from fourfold.ops.cpu.rope import FEW as FEW_NUMBERS
 from fourfold.ops.cpu.streams import LONG
 
-QUANTIZED = {name for name in reference.__all__ if getattr(reference, name).__module__.endswith(".quantized")}
+QUANTIZED = {n for n in reference.__all__ if getattr(getattr(reference, n), "__module__", "").endswith(".quantized")}
 TWINS = [("cpu", name) for name in ops.TWINS["cpu"] if name not in QUANTIZED]  # those in Triton: see test_triton
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 4e-2}  # of the largest number expected

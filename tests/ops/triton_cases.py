@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,10 +42,47 @@ def ngram_rows_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     )
 
 
-MADE = CASES | {"index_scores": index_scores_case, "ngram_rows": ngram_rows_case}
+def quantized(rng: random.Random, *shape: int) -> ops.Quantized:
+    kind, w = rng.choice(["int8", "int4", "fp8"]), torch.randn(shape) / shape[-1] ** 0.5
+    if kind == "fp8":
+        made = [ops.quantize_fp8(m, ops.FP8_BLOCK) for m in w.view(-1, *shape[-2:])]
+        codes, scales = (torch.stack(parts).view(*shape[:-2], *parts[0].shape) for parts in zip(*made, strict=True))
+        return ops.Quantized(codes, scales, shape, kind)
+    group = rng.choice([32, 64])
+    codes, scales = ops.quantize_int8(w) if kind == "int8" else ops.quantize_int4(w, group)
+    return ops.Quantized(codes, scales, shape, kind, group)
+
+
+def quantized_linear_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    rows, inner, outer = {"empty": 0, "one": 1}.get(size, rng.randint(2, 40)), rng.randint(1, 300), rng.randint(1, 200)
+    shape = (2, rows, inner) if rng.random() < 0.5 else (rows, inner)
+    bias = torch.randn(outer, dtype=dtype) if rng.random() < 0.5 else None
+    return Case([torch.randn(shape, dtype=dtype), quantized(rng, outer, inner), bias])
+
+
+def quantized_experts_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    tokens, n, d = {"empty": 0, "one": 1}.get(size, rng.randint(2, 40)), rng.randint(3, 6), rng.randint(1, 150)
+    width, limit = rng.choice([7, 40, 140]), rng.choice([0.0, 0.5])
+    shared = tuple(quantized(rng, *shape) for shape in ((width, d), (width, d), (d, width)))
+    indices = torch.stack([torch.randperm(n)[:3] for _ in range(tokens)]) if tokens else torch.empty(0, 3).long()
+    stacks = quantized(rng, n, 2 * width, d), quantized(rng, n, d, width)
+    x, weights = torch.randn(tokens, d, dtype=dtype), torch.rand(tokens, 3, dtype=dtype)
+    return Case([x, indices, weights, *stacks, limit, shared if rng.random() < 0.5 else None])
+
+
+MADE = CASES | {
+    "index_scores": index_scores_case,
+    "ngram_rows": ngram_rows_case,
+    "quantized_experts": quantized_experts_case,
+    "quantized_linear": quantized_linear_case,
+}
 
 
 def moved(value: Any, device: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if isinstance(value, ops.Quantized):
+        return replace(value, codes=value.codes.to(device), scales=value.scales.to(device))
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 

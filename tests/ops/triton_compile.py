@@ -8,22 +8,34 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from fourfold.ops.triton.experts import _product
 from fourfold.ops.triton.index import _scores
 from fourfold.ops.triton.latent import _attend
+from fourfold.ops.triton.matmul import _product
 from fourfold.ops.triton.ngram import _rows
 from fourfold.ops.triton.norm import _rms_norm
 from fourfold.ops.triton.streams import _maps, _mix, _read
 
 # kernel, types of its arguments in their order ("x" is the dtype of the model), sizes of tiles
-KERNELS: list[tuple[Any, str, dict[str, int]]] = [
+KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (_scores, "*x *x *fp32 *fp32 i32 i32 i32 i32", {"ROWS": 16, "COLUMNS": 64, "WIDE": 128}),
     (
         _attend,
         "*fp32 *fp32 *x *i64 i32 i32 i32 *i64 *i8 *fp32 i32 i32 i32 i32 fp32",
         {"HEADS": 16, "COLUMNS": 32, "WIDE": 512, "TURNED": 64},
     ),
-    (_product, "*x *i64 *i64 *x *x i32 i32", {"ROWS": 16, "COLUMNS": 64, "DEPTH": 32}),
+    *(
+        (
+            _product,
+            f"*x *i64 *i64 {codes} {scales} *x i32 i32 i32 i32 i32",
+            {"KIND": kind, "HIGH": high, "WIDE": wide, "ROWS": 16, "COLUMNS": 64, "DEPTH": 32},
+        )
+        for kind, codes, scales, high, wide in (
+            ("plain", "*x", "*x", 1, 2048),
+            ("int8", "*i8", "*fp32", 1, 2048),
+            ("int4", "*u8", "*bf16", 1, 32),
+            ("fp8", "*fp8e4nv", "*fp32", 128, 128),
+        )
+    ),
     (_maps, "*fp32 *fp32 *fp32 *fp32 fp32", {"ITERATIONS": 20, "N": 4}),
     (_read, "*x *fp32 *x i32", {"N": 4, "SIZE": 256}),
     (_mix, "*x *x *fp32 *fp32 *x i32", {"N": 4, "SIZE": 256}),

@@ -16,14 +16,7 @@ from fourfold.model.sequence import pack
 from fourfold.model.transformer import Model
 from fourfold.ops.cpu.quantized import route
 from fourfold.quant.model import is_kept, prepare, quantize_model
-from fourfold.quant.modules import (
-    KINDS,
-    QuantizedLinear,
-    QuantizedStack,
-    QuantizedTable,
-    QuantizedWeight,
-    SelectedExperts,
-)
+from fourfold.quant.modules import KINDS, QuantizedLinear, QuantizedStack, QuantizedTable, QuantizedWeight
 from fourfold.quant.modules import pack as pack_weights
 from fourfold.weights.checkpoint import load_model, resolve
 from tests.model import tiny
@@ -270,9 +263,25 @@ def test_stack(kind):
         stack.put(expert, 0, w[expert])
     assert len(stack) == 4 and stack[2].dtype == torch.bfloat16 and stack[2].shape == (5, 40)
     assert torch.equal(stack.dequantize()[2], stack[2])
-    chosen = SelectedExperts(stack, [3, 1], torch.float32)
-    assert len(chosen) == 2
-    assert torch.equal(chosen[1], stack.dequantize(1, torch.float32)) and (chosen[0] - w[3]).abs().max() < 0.3
+    assert (stack.dequantize(3, torch.float32) - w[3]).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("kinds", [("int8", "int4"), ("int4", "fp8"), ("fp8", "fp8")])
+def test_experts_of_two_kinds(kinds):
+    generator = torch.Generator().manual_seed(0)
+    stacks = [
+        QuantizedStack(shape, kind, torch.float32)
+        for shape, kind in zip(((4, 64, 48), (4, 48, 32)), kinds, strict=True)
+    ]
+    for stack in stacks:
+        for expert in range(4):
+            stack.put(expert, 0, torch.randn(stack.shape[1:], generator=generator) / 7)
+    x, indices = torch.randn(5, 48, generator=generator), torch.randint(4, (5, 1), generator=generator)
+    weights = torch.rand(5, 1, generator=generator)
+    wanted = ops.reference.experts(x, indices, weights, *(stack.dequantize() for stack in stacks))
+    with torch.inference_mode():
+        out, together = stacks[0].experts(stacks[1], x, indices, weights, 0.0, ())
+    assert not together and (out - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_experts_that_nobody_chose_are_not_dequantised(monkeypatch):

@@ -55,7 +55,8 @@ def _library() -> Any:
 
 def pack_weight(codes: Tensor, weight: Quantized) -> Quantized:
     """See :func:`fourfold.ops.reference.pack_weight`: packed, unless nothing here could use it."""
-    if weight.packed or route() == "torch" or (weight.kind == "int4" and weight.group % COLUMNS):
+    awkward = weight.kind == "fp8" or (weight.kind == "int4" and weight.group % COLUMNS)
+    if weight.packed or awkward or route() == "torch":
         return weight
     if route() == "numba":
         _numba().compile_for(weight.kind)  # now rather than when a request waits
@@ -149,7 +150,8 @@ def quantized_experts(
     all_weights = (gate_up, down, *(shared or ()))
     if not _usable(x, *all_weights) or (torch.is_grad_enabled() and weights.requires_grad):
         return reference.quantized_experts(x, indices, weights, gate_up, down, limit, shared)
-    if route() == "numba" or down.shape[-1] % 16:  # up begins inside a block of gate
+    unlike = len({(weight.kind, weight.group) for weight in all_weights}) > 1
+    if unlike or route() == "numba" or down.shape[-1] % 16:  # the last: up begins inside a block of gate
         return _expert_by_expert(x, indices, weights, gate_up, down, limit, shared)
     rows, chosen, shares = x.detach().float().contiguous(), indices.contiguous(), weights.detach().float().contiguous()
     y = torch.empty_like(rows)

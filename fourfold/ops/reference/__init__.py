@@ -35,6 +35,7 @@ from fourfold.ops.reference.ngram import ngram_rows
 from fourfold.ops.reference.norm import rms_norm
 from fourfold.ops.reference.pool import pool
 from fourfold.ops.reference.quantized import (
+    FP8_BLOCK,
     Quantized,
     pack_weight,
     quantized_experts,
@@ -45,6 +46,7 @@ from fourfold.ops.reference.sinkhorn import sinkhorn
 from fourfold.ops.reference.streams import hyper_maps, mix_streams, read_streams
 
 __all__ = [
+    "FP8_BLOCK",
     "Quantized",
     "apply_rope",
     "attention",

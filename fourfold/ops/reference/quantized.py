@@ -1,4 +1,4 @@
-"""Matrix products with weights held as integer codes: the numbers that the codes stand for, then plain products."""
+"""Matrix products with weights held as codes of few bits: the numbers that the codes stand for, then plain products."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.ops.reference.blocks import dequantize_int4, dequantize_int8, pack_nibbles, unpack_nibbles
+from fourfold.ops.reference.blocks import dequantize_fp8, dequantize_int4, dequantize_int8, pack_nibbles, unpack_nibbles
 from fourfold.ops.reference.experts import swiglu
 
 ROWS, WORD, COLUMNS = 16, 4, 32  # rows of a packed block, bytes of a row in a line, what columns are padded to
 NO_CODE = {"int8": 0x80, "int4": 0x8}  # stands for 0
+FP8_BLOCK = (128, 128)  # rows and columns that share a scale, as V3 was released
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix [N, K], or a stack of them [E, N, K], in int8 with a scale per row or int4 with one per group.
+    """A matrix [N, K], or a stack of them [E, N, K]: int8 with a scale per row, int4 with one per group, or fp8 (e4m3)
+    with one per block of 128 x 128.
 
-    Plain: codes and scales as of ``ops.quantize_int8`` and ``ops.quantize_int4``. Packed, for kernels: blocks of 16
-    rows, codes uint8 [..., N / 16, lines, 64], scales [..., N / 16, 16] or, int4, [..., N / 16, K / group, 16]; a
-    line of 64 bytes holds 4 (int8) or 8 (int4) columns of the 16 rows, offset to be positive, and what is missing
-    from whole blocks and groups is 0.
+    Plain: codes and scales as of ``ops.quantize_int8`` and so on. Packed, for kernels, never fp8: blocks of 16 rows,
+    codes uint8 [..., N / 16, lines, 64], scales [..., N / 16, 16] or, int4, [..., N / 16, K / group, 16]; a line of 64
+    bytes holds 4 (int8) or 8 (int4) columns of the 16 rows, offset to be positive, and what is missing from whole
+    blocks and groups is 0.
     """
 
     codes: Tensor
@@ -46,14 +48,18 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         plain = self.to_plain()
+        if self.kind == "fp8":
+            return dequantize_fp8(plain.codes, plain.scales, FP8_BLOCK).to(dtype)
         if self.kind == "int8":
             return dequantize_int8(plain.codes, plain.scales).to(dtype)
         return dequantize_int4(plain.codes, plain.scales, self.group, self.shape[-1]).to(dtype)
 
     def to_packed(self) -> Quantized:
-        """The same numbers, packed. group must be a multiple of 32."""
+        """The same numbers, packed. group must be a multiple of 32, and fp8 has no such layout."""
         if self.packed:
             return self
+        if self.kind == "fp8":
+            raise ValueError("kind: is fp8; a packed weight is int8 or int4")
         if self.kind == "int4" and self.group % COLUMNS:
             raise ValueError(f"group: is {self.group}; a packed weight needs a multiple of {COLUMNS}")
         rows, columns = self.shape[-2:]
