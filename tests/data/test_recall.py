@@ -65,11 +65,18 @@ def test_the_asked_needle_lies_at_its_depth(depth):
         assert value in TOKENIZER.decode(made.context[made.places[0] : made.places[0] + 60].tolist())
 
 
-def test_a_lesson_learns_the_answers_alone():
+def test_a_lesson_learns_questions_and_answers_alone():
     made = document("niah_multiquery", TOKENIZER, 1024, 0, "train")
     whole = lesson(made, [1])
     learnt = whole.targets[whole.targets != IGNORE].tolist()
-    assert learnt == [token for query in made.queries for token in query.answer]
+    assert learnt == [token for query in made.queries for token in (*query.tokens, *query.answer)]
+
+
+def test_a_drill_asks_many_of_nothing_but_needles():
+    made = document("niah_drill", TOKENIZER, 1024, 0, "train")
+    text = TOKENIZER.decode(made.context.tolist())
+    assert len(made.queries) == 8 and text.count("The code of") > 20
+    assert all(f"{query.values[0]}." in text for query in made.queries)
 
 
 def test_bad_input_is_refused():
