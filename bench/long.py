@@ -9,18 +9,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from _report import case, finish, median, parser
 
-from fourfold import ops
 from fourfold.data.recall import document
 from fourfold.eval.recall import fork
 from fourfold.model.cache import Cache, PagePool, SequenceState
+from fourfold.model.probe import Probe
 from fourfold.model.sequence import Document, pack
 from fourfold.model.transformer import Model
 from fourfold.quant.model import quantize_model
@@ -45,21 +41,6 @@ def extended(model: Model, length: int, block_size: int, candidate_blocks: int) 
     return model
 
 
-@contextmanager
-def compared(shares: list[float]) -> Iterator[None]:
-    """While it lasts, every selection is also made by the flat indexer, and the share of its keys kept is noted."""
-    select = ops.select_positions
-
-    def both(*args: Any) -> torch.Tensor:
-        found, wanted = select(*args), select(*args[:6])
-        for some, all in zip(found.flatten(0, 1).tolist(), wanted.flatten(0, 1).tolist(), strict=True):
-            shares.append(len(set(some) & set(all) - {-1}) / len(set(all) - {-1}))
-        return found
-
-    with patch.object(ops, "select_positions", both):
-        yield
-
-
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--length", type=int, default=65536)
@@ -75,10 +56,10 @@ def main() -> None:
     state, cases, spent = SequenceState(), {}, 0.0
 
     @torch.inference_mode()
-    def read(state: SequenceState, tokens: list[int]) -> float:
+    def read(state: SequenceState, tokens: list[int], probe: Probe | None = None) -> float:
         began = time.perf_counter()
         packed = pack([Document.text(tokens)], starts=[state.length])
-        model(packed, cache=Cache(pool, [state]), logits="last")
+        model(packed, cache=Cache(pool, [state]), probe=probe, logits="last")
         return time.perf_counter() - began
 
     for start in range(0, len(ids), CHUNK):
@@ -86,10 +67,9 @@ def main() -> None:
         done = state.length
         if done < len(ids) and (done < FIRST or done & (done - 1)):
             continue
-        shares: list[float] = []
-        branch = fork(pool, state)
-        with compared(shares):
-            read(branch, ids[:64])
+        branch, probe = fork(pool, state), Probe()
+        read(branch, ids[:64], probe)
+        shares = torch.cat([kept.flatten() for each in probe.kept.values() for kept in each]).tolist()
         rates = [1 / read(branch, [token]) for token in ids[:DECODED]][4:]
         pool.release(branch.pages)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

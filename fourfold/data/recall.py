@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import torch
 
 from fourfold.data.corpus import split_of
 from fourfold.data.items import pick
@@ -72,7 +71,9 @@ NEEDLES = {
     "niah_multikey_3": Needles("lines", key="hex", value="hex"),
     "niah_multivalue": Needles("prose", values=4),
     "niah_multiquery": Needles("prose", keys=4, asked=4),
-    "niah_drill": Needles("lines", keys=8, asked=8),  # to learn from: nothing but needles, many of them asked
+    "niah_drill": Needles(
+        "lines", keys=3, asked=3
+    ),  # to learn from: nothing but needles, most of a short document asked
 }
 
 
@@ -119,7 +120,9 @@ def document(
 def lesson(made: Recall, prefix: Sequence[int] = ()) -> Document:
     """The context with all questions and answers behind it, to train on; the context itself is no target."""
     ids = [*prefix, *made.context.tolist()]
-    told = len(ids) - 1  # the last of the context is followed by a question, which names its key twice: that teaches too
+    told = (
+        len(ids) - 1
+    )  # the last of the context is followed by a question, which names its key twice: that teaches too
     for query in made.queries:
         ids += query.tokens + query.answer
     whole = Document.text(ids)

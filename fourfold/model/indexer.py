@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import IndexerConfig, ModelConfig
-from fourfold.model.cache import Cache
 from fourfold.model.compressor import Compressor, gather_entries, visible_entries
 from fourfold.model.context import Context, Selection, Window
 
@@ -23,8 +22,8 @@ class Indexer(nn.Module):
         super().__init__()
         index, attention = cfg.indexer, cfg.attention
         query_width = attention.q_lora_rank or cfg.hidden_size
-        self.cfg, self.rope_dim, self.slot = index, attention.qk_rope_head_dim, f"layers.{layer}.index"
-        self.summaries = f"layers.{layer}.summary"
+        self.cfg, self.layer, self.rope_dim = index, layer, attention.qk_rope_head_dim
+        self.slot, self.summaries = f"layers.{layer}.index", f"layers.{layer}.summary"
         self.wq_b = nn.Linear(query_width, index.n_heads * index.head_dim, bias=False)
         self.wk = nn.Linear(cfg.hidden_size, index.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(index.head_dim, eps=1e-6)
@@ -47,7 +46,7 @@ class Indexer(nn.Module):
         selection = Selection([], [])
         for window in ctx.windows:
             if ctx.cache is not None and window.sequences is not None:
-                found = self._select_cached(q[window.rows], weights[window.rows], window, window.sequences, ctx.cache)
+                found = self._select_cached(q[window.rows], weights[window.rows], window, window.sequences, ctx)
                 selection.positions.append(found)
                 continue
             keys, visible = k[window.rows], window.visible
@@ -62,11 +61,14 @@ class Indexer(nn.Module):
             selection.chosen.append(ops.select_topk(scores.detach(), visible, self.cfg.topk))
         return selection
 
-    def _select_cached(self, q: Tensor, weights: Tensor, window: Window, sequences: Tensor, cache: Cache) -> Tensor:
+    def _select_cached(self, q: Tensor, weights: Tensor, window: Window, sequences: Tensor, ctx: Context) -> Tensor:
         """Positions among the cached keys, after the blocks that these queries have filled got their summaries."""
+        cache = ctx.cache
+        assert cache is not None
         keys, pages = cache.lie(self.slot, sequences)
+        given = q, weights, keys, pages, window.past, self.cfg.topk
         if not self.cfg.candidate_blocks:
-            return ops.select_positions(q, weights, keys, pages, window.past, self.cfg.topk)
+            return ops.select_positions(*given)
         size, queries = self.cfg.block_size, window.rows.shape[1]
         number = window.past[:, None] // size + torch.arange(-(-queries // size) + 1, device=q.device)
         row, column = ((number + 1) * size <= window.past[:, None] + queries).nonzero(as_tuple=True)
@@ -74,8 +76,10 @@ class Indexer(nn.Module):
         means = ops.block_means(cache.read_blocks(self.slot, *filled, size).float(), size)[:, 0]
         cache.write_entries(self.summaries, means, *filled)
         summaries, _ = cache.lie(self.summaries, sequences)
-        blocks = self.cfg.candidate_blocks
-        return ops.select_positions(q, weights, keys, pages, window.past, self.cfg.topk, summaries, blocks)
+        found = ops.select_positions(*given, summaries, self.cfg.candidate_blocks)
+        if ctx.probe is not None:
+            ctx.probe.kept.setdefault(self.layer, []).append(shared_positions(found, ops.select_positions(*given)))
+        return found
 
     def _rotate(self, x: Tensor, ctx: Context) -> Tensor:
         """Rotary positions on the first ``qk_rope_head_dim`` dimensions, half-split."""
@@ -111,6 +115,12 @@ class EntryIndexer(nn.Module):
                 seen = visible_entries(window, self.ratio)
                 selection.chosen.append(ops.select_topk(scores.detach(), seen, self.cfg.topk))
             return selection
+
+
+def shared_positions(found: Tensor, wanted: Tensor) -> Tensor:
+    """float32 [B, L]: the share of the ``wanted`` positions that were ``found``. Both int64 [B, L, k], -1 is none."""
+    shared = (found[..., None] == wanted[..., None, :]) & (wanted >= 0)[..., None, :]
+    return shared.sum((-2, -1)) / (wanted >= 0).sum(-1)
 
 
 def index_queries(

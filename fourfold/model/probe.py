@@ -13,13 +13,15 @@ class Probe:
     """Collected per layer index, detached.
 
     stream_maps: site number -> comb maps [T, n, n]; experts: layer -> chosen experts [T, K];
-    engram_gates: layer -> gates [T, n]; selected: layer -> list of bool [B, L, S], one per window.
+    engram_gates: layer -> gates [T, n]; selected: layer -> list of bool [B, L, S], one per window; kept: layer of a
+    two-level indexer -> list of float [B, L], the share of the flat choice among cached keys that it makes too.
     """
 
     stream_maps: dict[int, Tensor] = field(default_factory=dict)
     experts: dict[int, Tensor] = field(default_factory=dict)
     engram_gates: dict[int, Tensor] = field(default_factory=dict)
     selected: dict[int, list[Tensor]] = field(default_factory=dict)
+    kept: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def composite_gain(self) -> tuple[float, float]:
         """Amax gain of the product of all residual maps: (forward, backward), averaged over tokens.

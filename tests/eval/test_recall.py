@@ -1,13 +1,16 @@
 """Recall suites: scores of subjects whose answers are known, shared reading, and going on after an interruption."""
 
 import pytest
+import torch
 
+from fourfold.config import ModelConfig
 from fourfold.data.recall import NEEDLES, document
 from fourfold.eval import mqar, recall
 from fourfold.eval.recall import heatmap
 from fourfold.model.cache import PagePool, SequenceState
+from fourfold.model.transformer import Model
 from fourfold.serve.local import LocalModel
-from tests.serve.tiny import tiny_model, tiny_tokenizer
+from tests.serve.tiny import TINY, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,18 @@ def test_an_interrupted_run_goes_on_where_it_was(subject, tmp_path):
     assert len(asked) == 4 + 5
     with pytest.raises(ValueError, match="other settings"):
         run(subject, right, partial=partial, seed=1)
+
+
+def test_what_two_levels_keep_of_the_flat_choice_is_told_by_length_and_layer():
+    def report(**indexer):
+        torch.manual_seed(0)
+        cfg = ModelConfig.from_dict(TINY | {"indexer": TINY["indexer"] | indexer})
+        return mqar.run(LocalModel(Model(cfg), tiny_tokenizer(), "tiny"), {"length": [40, 200], "samples": 2})
+
+    assert "kept" not in report()
+    kept = report(block_size=4, candidate_blocks=12)["kept"]
+    assert kept["40"] == {"0": 1, "2": 1}  # all blocks are candidates
+    assert all(0.1 < share < 1 for share in kept["200"].values()) and set(kept["200"]) == {"0", "2"}
 
 
 def test_a_suite_runs_a_model_and_its_map_is_drawn(subject, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fourfold.model.cache import Cache, PagePool, SequenceState
-from fourfold.model.indexer import index_loss, index_recall, index_target
+from fourfold.model.indexer import index_loss, index_recall, index_target, shared_positions
 from fourfold.model.probe import Probe
 from fourfold.model.sequence import pack
 from tests.model import plain, tiny
@@ -268,3 +268,9 @@ def test_nothing_later_changes_what_two_levels_choose():
     whole = made(pack([document])).logits
     for length in (13, 16, 37, 48):
         torch.testing.assert_close(made(pack([document.slice(0, length)])).logits, whole[:length], rtol=1e-5, atol=1e-5)
+
+
+def test_shared_positions():
+    found = torch.tensor([[[0, 3, 5, -1], [1, 2, 3, 4]]])
+    wanted = torch.tensor([[[0, 5, 6, -1], [1, 2, 3, 4]]])
+    torch.testing.assert_close(shared_positions(found, wanted), torch.tensor([[2 / 3, 1.0]]))

@@ -19,6 +19,7 @@ from fourfold.eval import Subject
 from fourfold.eval.media import wilson
 from fourfold.model.cache import Cache, PagePool, SequenceState
 from fourfold.model.mla import gather_above
+from fourfold.model.probe import Probe
 from fourfold.model.sequence import Document, pack
 from fourfold.model.transformer import Model
 from fourfold.text.chat import Text
@@ -34,7 +35,8 @@ def run_suite(
 
     settings: length (one or several, default 1024), task (one of ``tasks``), samples (default 20), seed, depths
     (shares; drawn for each document if not given), partial (file that keeps what is done; a rerun goes on from it).
-    answer: the tokens said to each query of a document; the model's greedy ones if None.
+    answer: the tokens said to each query of a document; the model's greedy ones if None. Where the model's indexers
+    work in two levels, ``kept`` says for each length and layer what share of the flat indexer's choice they make.
     Raises ValueError for a setting out of range, or if ``partial`` was begun with other settings.
     """
     lengths = settings.get("length", 1024)
@@ -48,15 +50,18 @@ def run_suite(
     chosen = [settings["task"]] if "task" in settings else list(tasks)
     said = {"length": lengths, "samples": samples, "seed": seed, "depths": depths, "task": chosen}
     done = _begin(settings.get("partial"), {"suite": suite, "model": model.name, **said})
-    answer = answer or (lambda made: greedy(model, made))
+    kept: dict[int, list[float]] = defaultdict(list)
+    answer = answer or (lambda made: greedy(model, made, kept))
     cells = [(t, n, d, i) for n in lengths for t in chosen for d in depths for i in range(samples)]
     for number, (task, length, depth, sample) in enumerate(cells):
         if (task, length, depth, sample) in done:
             continue
         made = document(task, model.tokenizer, length, seed * 1_000_003 + sample, depth=depth)
+        kept.clear()
         shares = [score(model, task, q, ids) for q, ids in zip(made.queries, answer(made), strict=True)]
-        done[task, length, depth, sample] = shares
-        line = {"task": task, "length": length, "depth": depth, "sample": sample, "shares": shares}
+        mean_kept = {str(layer): math.fsum(all) / len(all) for layer, all in kept.items()}
+        line = {"task": task, "length": length, "depth": depth, "sample": sample, "shares": shares, "kept": mean_kept}
+        done[task, length, depth, sample] = line
         _append(settings.get("partial"), line)
         if sys.stderr.isatty():
             print(f"\r{number + 1}/{len(cells)} {task} {length}", end="", file=sys.stderr, flush=True)
@@ -64,10 +69,18 @@ def run_suite(
         print(file=sys.stderr)
     grid: dict[tuple[str, int, float | None], list[float]] = defaultdict(list)
     for task, length, depth, sample in cells:
-        grid[task, length, depth] += done[task, length, depth, sample]
+        grid[task, length, depth] += done[task, length, depth, sample]["shares"]
     scores = {task: summary([s for key, all in grid.items() if key[0] == task for s in all]) for task in chosen}
     listed = [{"task": t, "length": n, "depth": d, **summary(shares)} for (t, n, d), shares in grid.items()]
-    return {"suite": suite, "model": model.name, "scores": scores, "settings": said, "cells": listed}
+    by_layer = {str(n): _mean_kept([done[cell]["kept"] for cell in cells if cell[1] == n]) for n in lengths}
+    report = {"suite": suite, "model": model.name, "scores": scores, "settings": said, "cells": listed}
+    return report | ({"kept": by_layer} if any(by_layer.values()) else {})
+
+
+def _mean_kept(documents: list[dict[str, float]]) -> dict[str, float]:
+    """Over the documents, for each layer that any of them has."""
+    layers = dict.fromkeys(layer for document in documents for layer in document)
+    return {layer: math.fsum(d[layer] for d in documents if layer in d) / len(documents) for layer in layers}
 
 
 def summary(shares: Sequence[float]) -> dict[str, float]:
@@ -86,8 +99,13 @@ def score(model: Subject, task: str, query: Query, said: Sequence[int]) -> float
 
 
 @torch.inference_mode()
-def greedy(model: Subject, made: Recall, page_size: int = 64) -> list[list[int]]:
-    """The greedy answer to each query, no longer than the right one; the context is read once for all of them."""
+def greedy(
+    model: Subject, made: Recall, kept: dict[int, list[float]] | None = None, page_size: int = 64
+) -> list[list[int]]:
+    """The greedy answer to each query, no longer than the right one; the context is read once for all of them.
+
+    kept: layer -> shares (``Probe.kept``), to which those of the questions and answers are added.
+    """
     network = model.model
     device = next(network.parameters()).device
     prefix = [id for piece in model.chat.continue_text("") if isinstance(piece, Text) for id in piece.ids]
@@ -101,12 +119,15 @@ def greedy(model: Subject, made: Recall, page_size: int = 64) -> list[list[int]]
         _read(network, pool, state, ids[start : start + chunk])
     answers = []
     for query in made.queries:
-        branch = fork(pool, state)
-        said = [_read(network, pool, branch, query.tokens)]
+        branch, probe = fork(pool, state), None if kept is None else Probe()
+        said = [_read(network, pool, branch, query.tokens, probe)]
         while len(said) < len(query.answer):
-            said.append(_read(network, pool, branch, said[-1:]))
+            said.append(_read(network, pool, branch, said[-1:], probe))
         pool.release(branch.pages)
         answers.append(said)
+        if kept is not None and probe is not None:
+            for layer, shares in probe.kept.items():
+                kept.setdefault(layer, []).extend(torch.cat([s.flatten() for s in shares]).tolist())
     return answers
 
 
@@ -129,13 +150,13 @@ def fork(pool: PagePool, state: SequenceState) -> SequenceState:
     return branch
 
 
-def _read(network: Model, pool: PagePool, state: SequenceState, ids: Sequence[int]) -> int:
+def _read(network: Model, pool: PagePool, state: SequenceState, ids: Sequence[int], probe: Probe | None = None) -> int:
     """Reads tokens into the cache; the likeliest next one."""
     packed = pack([Document.text(ids)], starts=[state.length]).to(pool.data.device)
-    return int(network(packed, cache=Cache(pool, [state]), logits="last").logits[-1].argmax())
+    return int(network(packed, cache=Cache(pool, [state]), probe=probe, logits="last").logits[-1].argmax())
 
 
-def _begin(partial: Path | None, header: dict[str, Any]) -> dict[tuple[str, int, float | None, int], list[float]]:
+def _begin(partial: Path | None, header: dict[str, Any]) -> dict[tuple[str, int, float | None, int], dict[str, Any]]:
     """What a file of an interrupted run holds; a new file begins with the settings."""
     if partial is None:
         return {}
@@ -145,7 +166,7 @@ def _begin(partial: Path | None, header: dict[str, Any]) -> dict[tuple[str, int,
     lines = list(_whole_lines(partial))
     if not lines or lines[0] != header:
         raise ValueError(f"{partial}: was begun with other settings; remove it to start anew")
-    return {(e["task"], e["length"], e["depth"], e["sample"]): e["shares"] for e in lines[1:]}
+    return {(e["task"], e["length"], e["depth"], e["sample"]): e for e in lines[1:]}
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
