@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-slow lint train-nano bench bench-train study-mhc study-balance clean
+.PHONY: help setup setup-dev serve test test-slow lint train-nano bench bench-train study-mhc study-balance study-engram clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ study-mhc: $(VENV)/.dev ## stability of plain, hc and mhc by depth and learning 
 
 study-balance: $(VENV)/.dev ## evenness of experts by bias, auxiliary loss or nothing (goes on where it stopped)
 	@$(BIN)/python bench/study_balance.py
+
+study-engram: $(VENV)/.dev ## experts traded for Engram tables: bits and recall (half an hour; goes on where it stopped)
+	@$(BIN)/python bench/study_engram.py --workers 2
 
 clean: ## remove the virtual environment
 	rm -rf $(VENV)

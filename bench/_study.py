@@ -6,9 +6,11 @@ A study that is stopped and started again goes on with the cells that are missin
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import time
@@ -171,18 +173,19 @@ def read(path: Path) -> list[Cell]:
     return done
 
 
-def run(cells: list[Cell], path: Path, limit: int | None, work: Callable[[Cell], Cell]) -> list[Cell]:
+def run(cells: list[Cell], path: Path, limit: int | None, work: Callable[[Cell], Cell], workers: int = 1) -> list[Cell]:
     """Does the cells that ``path`` lacks and writes each as it is done. Returns those of ``cells`` that are done.
 
-    Ctrl-C ends it; the cell in hand is lost, the others are kept.
+    workers: more than one does as many cells at once, each on one thread of a process of its own; ``work`` must be a
+    function of a module then. Ctrl-C ends it; the cells in hand are lost, the others are kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     done = read(path)
     missing = [cell for cell in cells if not any(cell.items() <= d.items() for d in done)]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done ({path})")
     try:
-        for number, cell in enumerate(missing[:limit], 1):
-            result = cell | work(cell) | {"machine": machine(), "commit": commit()}
+        for number, (cell, result) in enumerate(_results(missing[:limit], work, workers), 1):
+            result = cell | result | {"machine": machine(), "commit": commit()}
             append(path, result)
             done.append(result)
             told = ", ".join(f"{key} {value}" for key, value in cell.items())
@@ -191,6 +194,19 @@ def run(cells: list[Cell], path: Path, limit: int | None, work: Callable[[Cell],
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
     return [d for d in done if any(cell.items() <= d.items() for cell in cells)]
+
+
+def _results(cells: list[Cell], work: Callable[[Cell], Cell], workers: int) -> Iterator[tuple[Cell, Cell]]:
+    """Each cell with what ``work`` made of it, as they are done."""
+    if workers == 1 or len(cells) < 2:
+        yield from ((cell, work(cell)) for cell in cells)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, threads, (1,)) as pool:  # which a break terminates
+        yield from pool.imap_unordered(functools.partial(_paired, work), cells)
+
+
+def _paired(work: Callable[[Cell], Cell], cell: Cell) -> tuple[Cell, Cell]:
+    return cell, work(cell)
 
 
 def append(path: Path, cell: Cell) -> None:

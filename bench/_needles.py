@@ -1,0 +1,105 @@
+"""What the Engram study reads: prose as bytes, and recall documents with needles hidden in that prose.
+
+Prose is ASCII, so the upper half of the bytes is free for names: 64 keys and 64 values of one byte each. What the test
+split holds apart is pairs, as in the library's MQAR: a needle of a test document never stood in a lesson.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+
+from fourfold.data.corpus import is_test
+from fourfold.data.fetch import cache_folder, fetch
+from fourfold.data.recall import Query, Recall
+
+PACKAGE = "networkx==3.5"  # whose docstrings are read, always of this version
+KEYS, VALUES = np.arange(128, 192), np.arange(192, 256)
+TASKS = ("mq", "mv", "vt")
+Prose = dict[str, np.ndarray]
+
+
+def prose(folder: Path | None = None) -> Prose:
+    """Split -> uint8 [n]: the docstrings of ``PACKAGE``, or of a folder of Python; whole files are held out."""
+    root = folder or fetch("pip", PACKAGE, cache_folder() / "cache")
+    parts: dict[str, list[str]] = {"train": [], "test": []}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if "tests" not in name:
+            parts["test" if is_test(name) else "train"] += docstrings(path.read_text(encoding="utf-8"))
+    return {
+        split: np.frombuffer("\n\n".join(found).encode("ascii", "ignore"), np.uint8) for split, found in parts.items()
+    }
+
+
+def docstrings(source: str) -> list[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    return [text for text in found if text]
+
+
+def held_apart() -> np.ndarray:
+    """bool [256, 256]: the pairs of the test split, for every key a quarter of all keys and a quarter of all values."""
+    apart, rng = np.zeros((256, 256), bool), np.random.default_rng(0)
+    for key in KEYS:
+        for names in (KEYS, VALUES):
+            apart[key, rng.permutation(names)[: len(names) // 4]] = True
+    return apart
+
+
+APART = held_apart()
+
+
+def document(task: str, length: int, rng: np.random.Generator, split: str, text: np.ndarray) -> Recall:
+    """A document of ``length`` bytes, questions and answers included, whose needles ``[xy]`` lie at random places.
+
+    mq: 6 keys with a value each. mv: 2 keys with 3 values each, all to be said in order. vt: 2 chains of 3 variables,
+    ``[aV] [ba] [cb]``, told in order; all that hold V are to be said. Every key and every chain is asked.
+    split: that of the pairs.
+    """
+    keys, values = rng.permutation(KEYS).tolist(), rng.permutation(VALUES).tolist()
+    fits = APART == (split == "test")
+    if task == "mq":
+        held = [[(key, value) for value in _taken(values, 1, fits[key])] for key in keys[:6]]
+        queries = [_query("?", key, [value]) for ((key, value),) in held]
+    elif task == "mv":
+        held = [[(key, value) for value in _taken(values, 3, fits[key])] for key in keys[:2]]
+        queries = [_query("?", pairs[0][0], [value for _, value in pairs]) for pairs in held]
+    else:
+        held = [_chain(keys, value, 3, fits) for value in values[:2]]
+        queries = [_query("!", pairs[0][1], [name for name, _ in pairs]) for pairs in held]
+    turns = rng.permutation([number for number, pairs in enumerate(held) for _ in pairs]).tolist()
+    rest = [iter(pairs) for pairs in held]
+    needles = [next(rest[turn]) for turn in turns]  # all of them, those that belong together in their order
+    room = length - 4 * len(needles) - sum(len(q.tokens) + len(q.answer) for q in queries)
+    start = rng.integers(0, len(text) - room)
+    hay = text[start : start + room]
+    cuts = [0, *np.sort(rng.integers(0, room + 1, len(needles))).tolist()]
+    parts: list[int] = []
+    for (first, second), begin, end in zip(needles, cuts, cuts[1:], strict=False):
+        parts += [*hay[begin:end].tolist(), ord("["), first, second, ord("]")]
+    return Recall(task, np.array([*parts, *hay[cuts[-1] :].tolist()]), queries)
+
+
+def _query(mark: str, name: int, answer: list[int]) -> Query:
+    return Query([ord(mark), name], answer, tuple(map(str, answer)))
+
+
+def _taken(names: list[int], count: int, fit: np.ndarray) -> list[int]:
+    """The first ``count`` names that fit, which leave the list. fit: bool [256]."""
+    found = [name for name in names if fit[name]][:count]
+    for name in found:
+        names.remove(name)
+    return found
+
+
+def _chain(names: list[int], held: int, count: int, fits: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs (variable, what it is set to), the first to the value ``held``, each other to the variable before it."""
+    pairs = []
+    for _ in range(count):
+        (name,) = _taken(names, 1, fits[:, held])
+        pairs.append((name, held))
+        held = name
+    return pairs
