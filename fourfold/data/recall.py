@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 
 from fourfold.data.corpus import split_of
 from fourfold.data.items import pick
@@ -71,20 +72,19 @@ NEEDLES = {
     "niah_multikey_3": Needles("lines", key="hex", value="hex"),
     "niah_multivalue": Needles("prose", values=4),
     "niah_multiquery": Needles("prose", keys=4, asked=4),
-    "niah_drill": Needles(
-        "lines", keys=3, asked=3
-    ),  # to learn from: nothing but needles, most of a short document asked
 }
 
 
 def name(rng: Rng, kind: str, split: str, role: str) -> str:
-    """A made-up word, a number of seven digits or 16 hexadecimal digits that belongs to ``split`` as this ``role``."""
+    """A made-up word, a number of seven digits or a short one of two, or 16 hexadecimal digits, of ``split``."""
     while True:
         if kind == "word":
             drawn = rng.integers(0, (len(CONSONANTS), len(VOWELS)), (4, 2))
             text = "".join(CONSONANTS[c] + VOWELS[v] for c, v in drawn)
         elif kind == "number":
             text = str(int(rng.integers(1_000_000, 10_000_000)))
+        elif kind == "short":
+            text = str(int(rng.integers(10, 100)))
         else:
             text = f"{int(rng.integers(2**63)):016x}"
         if split_of(f"{role} {text}") == split:
@@ -118,17 +118,14 @@ def document(
 
 
 def lesson(made: Recall, prefix: Sequence[int] = ()) -> Document:
-    """The context with all questions and answers behind it, to train on; the context itself is no target."""
-    ids = [*prefix, *made.context.tolist()]
-    told = (
-        len(ids) - 1
-    )  # the last of the context is followed by a question, which names its key twice: that teaches too
+    """The context with all questions and answers behind it, to train on; the answers alone are targets."""
+    ids, learn = [*prefix, *made.context.tolist()], [False] * (len(prefix) + len(made.context))
     for query in made.queries:
         ids += query.tokens + query.answer
+        learn += [False] * len(query.tokens) + [True] * len(query.answer)
     whole = Document.text(ids)
-    targets = whole.targets.clone()
-    targets[:told] = IGNORE
-    return Document(whole.tokens, whole.modality, whole.marks, targets)
+    following = torch.tensor([*learn[1:], False])
+    return Document(whole.tokens, whole.modality, whole.marks, whole.targets.masked_fill(~following, IGNORE))
 
 
 def _needles(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
@@ -268,6 +265,24 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
     return Recall(task, _join([parts[i] for i in rng.permutation(len(parts))]), queries)
 
 
+def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
+    """Nothing but needles with short values, each asked in its own words: much to look up in few tokens, to learn."""
+    taken: set[str] = set()
+    parts, queries, room = [], [], length - SPARE
+    for line in _other_lines(rng, Needles("lines", value="short"), split, taken):
+        known, value = line.rsplit(" ", 1)
+        query = Query(tokenizer.encode(known), tokenizer.encode(f" {value}"), (value[:-1],))
+        parts.append(tokenizer.encode(line))
+        if sum(map(len, parts)) + len(query.tokens) + len(query.answer) > room:
+            break
+        queries.append(query)
+    if not queries:
+        raise RecallError(f"length: {length} tokens cannot hold {task}")
+    places = np.cumsum([0, *map(len, parts)])[: len(queries)].tolist()
+    order = rng.permutation(len(queries)).tolist()
+    return Recall(task, _join(parts[:-1]), [queries[i] for i in order], tuple(places[i] for i in order))
+
+
 def _pairs(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
     """Token pairs, key and value, in noise; pairs, not single tokens, are what the split holds apart."""
     ids = [id for id in range(tokenizer.vocab_size) if tokenizer.has(id) and not tokenizer.is_special(id)]
@@ -301,5 +316,6 @@ TASKS: dict[str, Maker] = {
     "cwe": _words,
     "fwe": _words,
     "mqar": _pairs,
+    "drill": _drill,
 }
-RULER = tuple(task for task in TASKS if task not in ("mqar", "niah_drill"))
+RULER = tuple(task for task in TASKS if task not in ("mqar", "drill"))
