@@ -49,7 +49,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--speculate",
         choices=("auto", "on", "off"),
         default="off",
-        help="let the model's MTP block guess tokens ahead; the answers stay the same (default: off)",
+        help="let the model's MTP block guess tokens ahead; the answers stay the same. Guessing and checking take time "
+        "too, so it pays only where most guesses are right and few sequences run; auto stops it elsewhere "
+        "(default: off)",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fourfold.media.processor import build_document
 from fourfold.model.cache import Cache, PagePool
 from fourfold.model.sequence import Document
 from fourfold.model.transformer import Model
+from fourfold.ops.cpu.threads import without_openmp
 from fourfold.serve.batch import pack_step
 from fourfold.serve.disk import PageDirectory, fingerprint
 from fourfold.serve.memory import make_budget, size
@@ -33,6 +35,8 @@ from fourfold.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 DISK_CACHE = 10 * 2**30  # bytes
+LIGHT = 1 << 28  # products with dense weights in a step: for fewer, a few milliseconds of a core, no threads are woken
+WAITING = 32  # rows that a weight is multiplied with while it comes from memory
 
 
 class Engine:
@@ -82,6 +86,8 @@ class Engine:
         self.pages, self.page_size = self.budget.pages, self.budget.page_size
         self.max_waiting = max_waiting
         self._device = parameter.device
+        dense = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p.is_floating_point())
+        self._light = LIGHT // max(dense, 1) if self._device.type == "cpu" and dense * WAITING <= LIGHT else 0
         self._pool = PagePool(self.config, self.pages, self.page_size, parameter.dtype, parameter.device, guesses)
         self._speculator = Speculator(model, self._pool, speculate) if guesses else None
         self._prefixes = PrefixStore(self._pool, self.budget.max_tails)
@@ -216,7 +222,9 @@ class Engine:
                     return
                 if batch := self._scheduler.next_batch():
                     self._steps += 1
-                    self._forward(batch)
+                    light = sum(len(chunk) for _, chunk in batch) <= self._light
+                    with without_openmp() if light else nullcontext():
+                        self._forward(batch)
         except Exception:  # a fault of the engine itself: nothing can be trusted any more
             log.exception("the engine has stopped")
         finally:

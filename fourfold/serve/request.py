@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from fourfold.model.sequence import AUDIO, IMAGE, TEXT, VIDEO, Document
 
@@ -138,8 +137,7 @@ class Handle:
 
     def __init__(self) -> None:
         self.cancelled = False
-        self._events: deque[Event] = deque()
-        self._changed = threading.Condition()
+        self._events: SimpleQueue[Event] = SimpleQueue()  # the engine never waits for a consumer that holds a lock
         self._wake: Callable[[], None] | None = None
 
     def cancel(self) -> None:
@@ -148,20 +146,16 @@ class Handle:
 
     def put(self, event: Event) -> None:
         """Called by the engine, from its thread."""
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify()
-            if self._wake:
-                try:
-                    self._wake()
-                except RuntimeError:  # the consumer's event loop is closed
-                    self.cancelled = True
+        self._events.put(event)
+        if wake := self._wake:
+            try:
+                wake()
+            except RuntimeError:  # the consumer's event loop is closed
+                self.cancelled = True
 
     def __iter__(self) -> Iterator[Delta | Finished]:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._events)
-                event = self._events.popleft()
+            event = self._events.get()
             yield _checked(event)
             if isinstance(event, Finished):
                 return
@@ -176,18 +170,15 @@ class Handle:
     async def next_events(self, timeout: float | None = None) -> list[Delta | Finished]:
         """All events since the last call, at least one; none at all if ``timeout`` seconds passed without any."""
         loop, signal = asyncio.get_running_loop(), asyncio.Event()
-        with self._changed:
-            self._wake = lambda: loop.call_soon_threadsafe(signal.set)
-            if self._events:
-                signal.set()
+        self._wake = lambda: loop.call_soon_threadsafe(signal.set)
+        if not self._events.empty():  # asked after that, so that no event goes unnoticed
+            signal.set()
         try:
             await asyncio.wait_for(signal.wait(), timeout)
         except TimeoutError:
             pass
-        with self._changed:
-            self._wake = None
-            events = list(self._events)
-            self._events.clear()
+        self._wake = None
+        events = [self._events.get() for _ in range(self._events.qsize())]  # no one else takes any
         return [_checked(event) for event in events]
 
 

@@ -19,6 +19,7 @@ from fourfold.ops.cpu import native, streams
 from fourfold.ops.cpu import quantized as cpu
 from fourfold.ops.cpu.buffers import HUGE, huge_empty
 from fourfold.ops.cpu.latent import latent_attention
+from fourfold.ops.cpu.threads import _limit, team, without_openmp
 
 FORMATS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
 ROUTES = [name for name in ("native", "numba") if cpu._route(name) == name]
@@ -352,3 +353,24 @@ def test_experts_of_few_tokens_do_not_depend_on_the_tokens_beside(dtype, tokens,
     for t in range(tokens):
         alone = ops.experts(x[t : t + 1], indices[t : t + 1], weights[t : t + 1], gate_up, down, limit)
         assert torch.equal(alone[0], made[t])
+
+
+@pytest.mark.skipif(_limit() is None, reason="torch without OpenMP")
+def test_one_thread_can_do_without_openmp():
+    """Torch's operations there run alone; the team keeps its size, and other threads keep theirs."""
+    before, others = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(KeyError), without_openmp():
+            assert (torch.get_num_threads(), team()) == (1, 3)
+            with without_openmp():
+                assert (torch.get_num_threads(), team()) == (1, 3)
+            assert (torch.get_num_threads(), team()) == (1, 3)
+            asker = threading.Thread(target=lambda: others.extend((torch.get_num_threads(), team())))
+            asker.start()
+            asker.join()
+            raise KeyError
+        assert others == [3, 3]
+        assert (torch.get_num_threads(), team()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)

@@ -110,8 +110,10 @@ def test_the_guesses_are_those_of_the_whole_sequence(guesser, tokenizer, monkeyp
             assert int(logits.index_fill(0, banned, -torch.inf).argmax()) == draft
 
 
-def test_the_distribution_is_the_models(guesser, tokenizer, monkeypatch, answers):
-    """Chi-square of the first three tokens; the guess is the model's likeliest, or now and then anything."""
+@pytest.mark.parametrize("honest", [True, False])
+def test_the_distribution_is_the_models(guesser, tokenizer, monkeypatch, answers, honest):
+    """Chi-square of the first three tokens, whose guesses are mostly the likeliest; and that it would notice an
+    engine that takes every guess."""
     prompt = list(range(20, 30))
     sampling = {"temperature": 1.0, "top_k": 3}
 
@@ -127,8 +129,14 @@ def test_the_distribution_is_the_models(guesser, tokenizer, monkeypatch, answers
         after = tuple(prompt + running.ids)
         known.setdefault(after, next_tokens(after))
         ranked = list(known[after])
-        return ranked[running.request.sampling.seed % 3]
+        return ranked[max(0, running.request.sampling.seed % 6 - 3)]
 
+    def take_every_guess(self, id, forced=False):
+        return accept(self, id if self.draft is None else self.draft, forced)
+
+    accept = Running.accept
+    if not honest:
+        monkeypatch.setattr(Running, "accept", take_every_guess)
     spy_on_guesses(monkeypatch, replace)
     n = 700
     with Engine(guesser, tokenizer, page_size=16, speculate="on", max_waiting=n) as engine:
@@ -139,7 +147,8 @@ def test_the_distribution_is_the_models(guesser, tokenizer, monkeypatch, answers
         for handle in handles:
             list(handle)
         stats = engine.stats()
-    assert 0.15 < stats["accepted_tokens"] / stats["drafted_tokens"] < 0.6
+    share = stats["accepted_tokens"] / stats["drafted_tokens"]
+    assert 0.15 < share < 0.6 if honest else share == 1
     expected = {}
     for a, pa in next_tokens(prompt).items():
         for b, pb in next_tokens([*prompt, a]).items():
@@ -149,7 +158,7 @@ def test_the_distribution_is_the_models(guesser, tokenizer, monkeypatch, answers
     counts = Counter(tuple(ids) for ids in answers.values())
     assert set(counts) <= set(expected)
     chi = sum((counts[ids] - e) ** 2 / e for ids, e in expected.items())
-    assert chi < 55  # 26 degrees of freedom: p = 0.0008
+    assert (chi < 55) == honest  # 26 degrees of freedom: p = 0.0008
 
 
 def test_auto_stops_guessing_where_it_does_not_pay(guesser, tokenizer, monkeypatch):

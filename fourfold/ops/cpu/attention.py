@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.linear import product
+from fourfold.ops.cpu.threads import team
 from fourfold.ops.reference.norm import at_least_float32
 
 BLOCK = 128  # queries
@@ -121,7 +122,7 @@ class _Native(torch.autograd.Function):
             *(t.data_ptr() for t in (out, logs)),
             *_sizes(q, k, v),
             scale,
-            torch.get_num_threads(),
+            team(),
         )
         ctx.save_for_backward(q, k, v, visible, sinks, out, logs)
         ctx.scale = scale
@@ -145,7 +146,7 @@ class _Native(torch.autograd.Function):
             *(t.data_ptr() for t in (out, logs, g, inner, dq, dk, dv)),
             *_sizes(q, k, v),
             ctx.scale,
-            torch.get_num_threads(),
+            team(),
         )
         if k.shape[2] < q.shape[2]:
             dk, dv = (d.unflatten(2, (k.shape[2], -1)).sum(3) for d in (dk, dv))

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.linear import product
+from fourfold.ops.cpu.threads import team
 
 COMPILED = 256  # (token, expert) pairs of decoding: more are worth matrix products
 FEW = 64  # below this many (token, expert) pairs the sort costs more than it saves
@@ -36,7 +37,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: 
             chosen.shape[1],
             limit,
             y.data_ptr(),
-            torch.get_num_threads(),
+            team(),
         )
         return y.to(x.dtype)
     if indices.numel() < FEW:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.quantized import route
+from fourfold.ops.cpu.threads import team
 
 
 def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
@@ -58,6 +59,6 @@ def select_positions(
         *q.shape,
         k,
         out.data_ptr(),
-        torch.get_num_threads(),
+        team(),
     )
     return out

@@ -8,6 +8,7 @@ from torch import Tensor
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.quantized import route
+from fourfold.ops.cpu.threads import team
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -60,6 +61,6 @@ def latent_attention(
         expansions.shape[-1],
         scale,
         out.data_ptr(),
-        torch.get_num_threads(),
+        team(),
     )
     return out.to(q.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 
-FEW = 16  # rows, of decoding: more are worth torch's threads
+FEW = 64  # rows, of decoding: more are worth torch's threads
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.buffers import huge_empty
+from fourfold.ops.cpu.threads import team
 from fourfold.ops.reference.quantized import COLUMNS, Quantized
 
 ROUTES = ("native", "numba", "torch")
@@ -107,7 +108,7 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
     y = torch.empty(len(rows), n)
     if route() == "native":
         matmul, arguments = _matmul(weight)
-        matmul(*arguments, rows.data_ptr(), len(rows), y.data_ptr(), torch.get_num_threads())
+        matmul(*arguments, rows.data_ptr(), len(rows), y.data_ptr(), team())
     else:
         _numba().matmul(rows, weight, y)
     y = y.view(*x.shape[:-1], n)
@@ -168,7 +169,7 @@ def quantized_experts(
         limit,
         y.data_ptr(),
         shared is not None,
-        torch.get_num_threads(),
+        team(),
     )
     return y.to(x.dtype)
 

@@ -16,10 +16,11 @@ from torch.autograd.function import once_differentiable
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.linear import product
+from fourfold.ops.cpu.threads import team
 from fourfold.ops.reference.norm import at_least_float32
 
 LONG = 1024  # tokens from which Numba's pass pays: training batches, not the chunks of a server's prefill
-FEW = 16  # tokens: more are worth a matrix product of their own
+FEW, SMALL = 16, 1 << 16  # tokens, and numbers in them: more are worth a matrix product of their own
 MOST = 8  # streams that the compiled kernels know
 
 
@@ -146,9 +147,9 @@ def hyper_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fourfold.ops.reference.hyper_maps`."""
     if doubly_stochastic and (library := _compiled(x, fn, base, scale)):
-        (rows, n, d), threads = x.shape, torch.get_num_threads()
+        (rows, n, d), threads = x.shape, team()
         x, fn, base, scale = _wide(x, fn, base, scale)
-        mixed = product(x.flatten(1), fn) if rows > FEW else None
+        mixed = product(x.flatten(1), fn) if rows > FEW and x.numel() > SMALL else None
         pre, post, comb = x.new_empty(rows, n), x.new_empty(rows, n), x.new_empty(rows, n, n)
         inputs = [t.data_ptr() for t in (x, fn, base, scale)]
         outputs = [t.data_ptr() for t in (pre, post, comb)]
@@ -168,7 +169,7 @@ def read_streams(x: Tensor, pre: Tensor) -> Tensor:
     if library := _compiled(x, pre):
         wide, weights = _wide(x, pre)
         out = wide.new_empty(len(x), x.shape[2])
-        library.ff_read_streams(wide.data_ptr(), weights.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads())
+        library.ff_read_streams(wide.data_ptr(), weights.data_ptr(), *x.shape, out.data_ptr(), team())
         return out.to(x.dtype)
     if not (_worth_compiling(x) and x.dtype == pre.dtype):
         return reference.read_streams(x, pre)
@@ -182,7 +183,7 @@ def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         inputs = _wide(x, y, post, comb)
         out = torch.empty_like(inputs[0])
         pointers = [t.data_ptr() for t in inputs]
-        library.ff_mix_streams(*pointers, *x.shape, out.data_ptr(), torch.get_num_threads())
+        library.ff_mix_streams(*pointers, *x.shape, out.data_ptr(), team())
         return out.to(x.dtype)
     if not (_worth_compiling(x) and x.dtype == post.dtype):
         return reference.mix_streams(x, y, post, comb)
