@@ -5,7 +5,7 @@ The training engine's MFU, ``fourfold plan`` and the benchmarks read these funct
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -23,7 +23,7 @@ SHORT_CONV_TAPS = 4
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 32, "fp8": 1 + 4 / 128**2}
 # Parts that int8, int4 and fp8 leave in bf16: small, or sensitive to rounding.
 KEPT_BF16 = ("embedding", "head", "indexer", "compressor", "router", "router_bias", "residual", "norms", "media")
-CACHE_BYTES = {"fp32": 4, "bf16": 2}
+CACHE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}  # of a number; rows of single bytes have scales too
 TAIL_BYTES = 4  # what is kept of the last positions alone is float32
 
 
@@ -462,16 +462,32 @@ def cache_bytes_per_token(cfg: ModelConfig, dtype: str = "bf16") -> dict[str, in
     if dtype not in CACHE_BYTES:
         raise ValueError(f"dtype: {dtype!r} is unknown; choose one of {', '.join(CACHE_BYTES)}")
     a, size = cfg.attention, CACHE_BYTES[dtype]
+    row, key = row_bytes(kv_parts(cfg), size), row_bytes((cfg.indexer.head_dim,), size)
     if a.is_compressed:
         ratios = _cached_ratios(cfg)
-        numbers = sum((Fraction(a.head_dim, ratio) for ratio in ratios), Fraction())
+        rows = sum((Fraction(1, ratio) for ratio in ratios), Fraction())
         indexed = [r for r in ratios if cfg.indexer.mode != "off" and (a.kind == "csa2" or r == a.csa_ratio)]
         keys = sum((Fraction(1, ratio) for ratio in indexed), Fraction())
     else:
-        per_layer = 2 * a.num_key_value_heads * a.head_dim if a.kind == "gqa" else a.kv_lora_rank + a.qk_rope_head_dim
-        numbers, keys = Fraction(cfg.num_hidden_layers * per_layer), Fraction(num_indexers(cfg))
-    attention, indexer = ceil(numbers * size), ceil(keys * cfg.indexer.head_dim * size)
+        rows, keys = Fraction(cfg.num_hidden_layers), Fraction(num_indexers(cfg))
+    attention, indexer = ceil(rows * row), ceil(keys * key)
     return {"attention": attention, "indexer": indexer, "total": attention + indexer}
+
+
+def kv_parts(cfg: ModelConfig) -> tuple[int, ...]:
+    """Numbers in each part of what a layer caches of a position, or of an entry: the latent and the rotary key, or the
+    keys of every head and their values."""
+    a = cfg.attention
+    if a.kind == "gqa":
+        return (a.head_dim,) * (2 * a.num_key_value_heads)
+    latent = a.head_dim - a.qk_rope_head_dim if a.is_compressed else a.kv_lora_rank
+    return tuple(filter(None, (latent, a.qk_rope_head_dim)))
+
+
+def row_bytes(parts: Sequence[int], size: int) -> int:
+    """Bytes of a cached row whose numbers take ``size`` each: of single bytes, every part has a 32-bit scale, and the
+    row is filled up to a multiple of four."""
+    return sum(parts) * size if size > 1 else 4 * len(parts) + -(-sum(parts) // 4) * 4
 
 
 def cache_bytes_per_sequence(cfg: ModelConfig) -> int:

@@ -102,6 +102,7 @@ def plan(
     cfg: ModelConfig,
     *,
     quant: str = "bf16",
+    cache_format: str = "bf16",
     context: int = 4096,
     batch: int = 1,
     vram: int = 0,
@@ -110,14 +111,18 @@ def plan(
     vram_bandwidth: float = 1000e9,
     ram_bandwidth: float = 50e9,
     disk_bandwidth: float = 2e9,
+    context_pages: bool = False,
 ) -> Plan:
     """Places weights and cache of ``batch`` sequences of ``context`` tokens into VRAM, RAM and disk (bytes).
 
     What a step reads most of, per byte kept, goes to the fastest memory that has room; a part may be split. Weights
-    may rest anywhere, the cache in VRAM or RAM. Bandwidths are bytes per second. Raises ValueError naming the argument.
+    may rest anywhere, the cache in VRAM or RAM; with ``context_pages`` rows of attention also on disk. Bandwidths are
+    bytes per second. Raises ValueError naming the argument.
     """
     if quant not in counts.WEIGHT_BYTES:
         raise ValueError(f"quant: {quant!r} is unknown; choose one of {', '.join(counts.WEIGHT_BYTES)}")
+    if cache_format not in counts.CACHE_BYTES:
+        raise ValueError(f"cache_format: {cache_format!r} is unknown; choose one of {', '.join(counts.CACHE_BYTES)}")
     if not 1 <= context <= cfg.max_position_embeddings:
         limit = cfg.max_position_embeddings
         raise ValueError(f"context: must be between 1 and {limit}, the model's limit; is {context}")
@@ -134,8 +139,9 @@ def plan(
         if memory.bandwidth <= 0:
             raise ValueError(f"{memory.name}_bandwidth: must be > 0; is {memory.bandwidth}")
 
-    demands = _weights_demand(cfg, quant, batch) | _cache_demand(cfg, context, batch)
-    parts = _place(demands, memories)
+    demands = _weights_demand(cfg, quant, batch) | _cache_demand(cfg, cache_format, context, batch)
+    off_disk = [n for n in demands if n.startswith("cache") and not (context_pages and n == "cache_attention")]
+    parts = _place(demands, memories, off_disk)
     missing = sum(part.missing for part in parts)
     seconds = _step_seconds(parts, memories)
     slowest = max(seconds, key=seconds.__getitem__)
@@ -147,7 +153,7 @@ def plan(
         context=context,
         batch=batch,
         weights={dtype: sum(counts.weight_bytes(cfg, dtype).values()) for dtype in ("bf16", "int8", "int4")},
-        cache_bytes_per_token=counts.cache_bytes_per_token(cfg)["total"],
+        cache_bytes_per_token=counts.cache_bytes_per_token(cfg, cache_format)["total"],
         cache_bytes_per_sequence=counts.cache_bytes_per_sequence(cfg),
         memories=memories,
         parts=parts,
@@ -156,7 +162,7 @@ def plan(
         limited_by=None if missing else slowest,
         decode_flops=counts.decode_flops(cfg, context),
         prefill_flops=counts.prefill_flops(cfg, context),
-        assumptions=_assumptions(memories, quant),
+        assumptions=_assumptions(memories, quant, cache_format),
     )
 
 
@@ -177,9 +183,10 @@ def _weights_demand(cfg: ModelConfig, quant: str, batch: int) -> dict[str, tuple
     return {name: (size, size * share.get(name, 1.0)) for name, size in sizes.items() if size}
 
 
-def _cache_demand(cfg: ModelConfig, context: int, batch: int) -> dict[str, tuple[int, float]]:
+def _cache_demand(cfg: ModelConfig, dtype: str, context: int, batch: int) -> dict[str, tuple[int, float]]:
     """As ``_weights_demand``. Layers that share entries read them once each."""
-    per_token = counts.cache_bytes_per_token(cfg)
+    per_token, item = counts.cache_bytes_per_token(cfg, dtype), counts.CACHE_BYTES[dtype]
+    row = {"attention": counts.kv_parts(cfg), "indexer": (cfg.indexer.head_dim,)}
     sizes = {
         "cache_attention": per_token["attention"] * context,
         "cache_indexer": per_token["indexer"] * context,
@@ -188,19 +195,22 @@ def _cache_demand(cfg: ModelConfig, context: int, batch: int) -> dict[str, tuple
     read = dict.fromkeys(sizes, 0)
     for r in counts.reads(cfg):
         name = "cache_tails" if r.tail else f"cache_{r.part}"
-        read[name] += r.rows(context) * r.width * (counts.TAIL_BYTES if r.tail else counts.CACHE_BYTES["bf16"])
+        each = counts.TAIL_BYTES * r.width if r.tail else counts.row_bytes(row[r.part], item)
+        read[name] += r.rows(context) * each
     read["cache_tails"] = min(read["cache_tails"], sizes["cache_tails"])  # the newest position is not in it yet
     return {name: (size * batch, float(read[name] * batch)) for name, size in sizes.items() if size}
 
 
-def _place(demands: dict[str, tuple[int, float]], memories: tuple[Memory, ...]) -> tuple[Part, ...]:
+def _place(
+    demands: dict[str, tuple[int, float]], memories: tuple[Memory, ...], off_disk: list[str]
+) -> tuple[Part, ...]:
     left = {memory.name: memory.capacity for memory in memories}
     parts = []
     for name, (size, read) in sorted(demands.items(), key=lambda item: -item[1][1] / item[1][0]):
         placed, remaining = {}, size
         for memory in memories:
             taken = min(remaining, left[memory.name])
-            if taken and not (name.startswith("cache") and memory.name == "disk"):
+            if taken and not (name in off_disk and memory.name == "disk"):
                 placed[memory.name] = taken
                 left[memory.name] -= taken
                 remaining -= taken
@@ -212,7 +222,7 @@ def _step_seconds(parts: tuple[Part, ...], memories: tuple[Memory, ...]) -> dict
     return {m.name: sum(p.read * p.placed.get(m.name, 0) / p.size for p in parts) / m.bandwidth for m in memories}
 
 
-def _assumptions(memories: tuple[Memory, ...], quant: str) -> tuple[str, ...]:
+def _assumptions(memories: tuple[Memory, ...], quant: str, cache_format: str) -> tuple[str, ...]:
     speeds = ", ".join(f"{m.name} {m.bandwidth / 1e9:g} GB/s" for m in memories)
     kept = "embedding, head, router, indexer, compressor, norms and mixing stay bf16"
     scales = {
@@ -224,6 +234,6 @@ def _assumptions(memories: tuple[Memory, ...], quant: str) -> tuple[str, ...]:
         f"bandwidths: {speeds} (arguments, not measured)",
         "a step reads each active weight once for the whole batch, and each sequence's attended cache once",
         "routed experts: uniform and independent choices, so a batch B touches 1 - (1 - k/E)^B of them",
-        "the cache is bf16 (tails fp32), every sequence as long as the context; the indexer reads all its keys",
+        f"the cache is {cache_format} (tails fp32), all sequences of the whole context; the indexer reads all its keys",
         *([scales[quant]] if quant in scales else []),
     )

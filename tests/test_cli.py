@@ -369,5 +369,7 @@ def test_eval_takes_several_lengths_of_a_recall_suite_alone(model, capsys):
     from fourfold.cli.work import lengths
 
     assert lengths("4096") == 4096 and lengths("4K,1m") == [4096, 1 << 20]
+    assert main(["eval", "bpb", "--cache-format", "fp8"]) == 2
+    assert "--cache-format: bpb reads without a cache" in capsys.readouterr().err
     assert main(["eval", "bpb", "--length", "1K,2K"]) == 2
     assert "--length: bpb takes one, got 2" in capsys.readouterr().err

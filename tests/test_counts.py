@@ -323,13 +323,16 @@ def test_every_parameter_belongs_to_the_part_that_counts_it(cfg):
     assert built == counted
 
 
+@pytest.mark.parametrize("numbers", ["fp32", "bf16", "fp8", "int8"])
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
-def test_the_cache_holds_exactly_the_counted_numbers(cfg):
+def test_the_cache_holds_exactly_the_counted_numbers(cfg, numbers):
     from fourfold.model.cache import layout
+    from fourfold.ops import ROW_FORMATS
 
-    kept = layout(cfg)
-    per_token = cache_bytes_per_token(cfg)
-    assert per_token["total"] == pytest.approx(2 * kept.per_position, abs=2)  # each part is rounded up
+    dtype = ROW_FORMATS[numbers]
+    kept = layout(cfg, dtype=dtype)
+    per_token = cache_bytes_per_token(cfg, numbers)
+    assert per_token["total"] == pytest.approx(dtype.itemsize * kept.per_position, abs=2)  # each part is rounded up
     assert cache_bytes_per_sequence(cfg) == 4 * kept.tail_width
 
 
@@ -440,6 +443,10 @@ def test_a_cached_token_takes_latent_rope_key_and_index_keys():
     assert cache_bytes_per_token(cfg) == {"attention": 70_272, "indexer": 2 * 128 * 16, "total": 70_272 + 4_096}
     assert cache_bytes_per_token(cfg, "fp32")["total"] == 2 * cache_bytes_per_token(cfg)["total"]
     assert cache_bytes_per_token(tiny(**{"attention.kind": "gqa"}))["total"] == 2 * 5 * 2 * 4 * 32
+    rows = {"attention": 61 * (512 + 64 + 2 * 4), "indexer": 16 * (128 + 4)}
+    assert cfg.num_hidden_layers == 61
+    for numbers in ("fp8", "int8"):
+        assert cache_bytes_per_token(cfg, numbers) == rows | {"total": sum(rows.values())}
     with pytest.raises(ValueError, match="int2"):
         cache_bytes_per_token(cfg, "int2")
 

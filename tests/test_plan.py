@@ -79,6 +79,32 @@ def test_the_cache_never_rests_on_disk():
     assert found.missing == 4096 * cache_bytes_per_token(NANO)["total"]
 
 
+def test_the_context_rests_on_disk_where_it_may():
+    per_token = cache_bytes_per_token(V4)
+    room = {"quant": "int4", "context": 2**20, "ram": 600 * GiB, "disk": 10**12}
+    needed = sum(weight_bytes(V4, "int4").values()) + 2**20 * per_token["indexer"]
+    inside, outside = plan(V4, **room | {"ram": needed}), plan(V4, **room | {"ram": needed}, context_pages=True)
+    parts = {part.name: part for part in outside.parts}
+    assert outside.fits and set(parts["cache_indexer"].placed) == {"ram"}
+    assert sum(p.placed.get("disk", 0) for p in outside.parts) == 2**20 * per_token["attention"]
+    assert all("disk" not in p.placed for p in inside.parts if p.name.startswith("cache"))
+    nothing = plan(NANO, disk=GiB, context=4096, context_pages=True)
+    assert nothing.missing == 4096 * cache_bytes_per_token(NANO)["indexer"]
+
+
+@pytest.mark.parametrize("numbers", ["fp32", "fp8", "int8"])
+def test_the_format_of_the_cache_is_what_is_kept_and_read(numbers):
+    found = plan(V4, cache_format=numbers, context=2**20, vram=10**15)
+    per_token, parts = cache_bytes_per_token(V4, numbers), {part.name: part for part in found.parts}
+    assert found.cache_bytes_per_token == per_token["total"]
+    assert parts["cache_attention"].size == 2**20 * per_token["attention"]
+    assert parts["cache_indexer"].size == parts["cache_indexer"].read == 2**20 * per_token["indexer"]
+    assert parts["cache_attention"].read == V4.indexer.topk * per_token["attention"]
+    assert any(f"the cache is {numbers}" in said for said in found.assumptions)
+    with pytest.raises(ValueError, match="cache_format: 'int2' is unknown"):
+        plan(V4, cache_format="int2")
+
+
 def test_a_compressing_model_keeps_entries_and_tails():
     cfg = ModelConfig.preset("v4-flash")
     found = plan(cfg, quant="int4", context=2**20, batch=3, vram=24 * GiB, ram=512 * GiB)

@@ -29,6 +29,8 @@ def add_commands(command: Command) -> None:
     plan = command("plan", _plan, "say whether a model fits a machine and how fast it can be at best")
     plan.add_argument("target", metavar="PRESET|DIR|FILE.gguf", help=f"one of {_presets()}; a model directory or file")
     plan.add_argument("--quant", default="bf16", help="fp32, bf16, int8 or int4 (default: %(default)s)")
+    plan.add_argument("--cache-format", default="bf16", help="fp32, bf16, fp8 or int8 (default: %(default)s)")
+    plan.add_argument("--context-pages", action="store_true", help="let the context rest on disk too")
     plan.add_argument("--vram", type=byte_count, default=0, metavar="SIZE", help="memory of all GPUs (default: none)")
     plan.add_argument("--ram", type=byte_count, metavar="SIZE", help="main memory (default: this machine's)")
     plan.add_argument("--disk", type=byte_count, metavar="SIZE", help="room on disk (default: what is free here)")
@@ -243,6 +245,8 @@ def _plan(args: argparse.Namespace) -> None:
     found = plan(
         cfg,
         quant=args.quant,
+        cache_format=args.cache_format,
+        context_pages=args.context_pages,
         context=min(4096, cfg.max_position_embeddings) if args.context is None else args.context,
         batch=args.batch,
         vram=args.vram,

@@ -41,6 +41,15 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="what weights, cache and workspace may take together, for example 8GiB (default: a cache of up to 1GiB)",
     )
+    add_cache_format(parser, "as the weights")
+    parser.add_argument(
+        "--context-pages",
+        metavar="DIR",
+        help="keep the context in a temporary file here, and of it as much in memory as --memory allows",
+    )
+    parser.add_argument(
+        "--context-pages-size", type=byte_count, default=10 * 2**30, metavar="SIZE", help="at most so much (10GiB)"
+    )
     parser.add_argument("--context-cache", metavar="DIR", help="keep prefixes on disk here, over restarts too")
     parser.add_argument(
         "--context-cache-size", type=byte_count, default=10 * 2**30, metavar="SIZE", help="at most so much (10GiB)"
@@ -52,6 +61,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="let the model's MTP block guess tokens ahead; the answers stay the same. Guessing and checking take time "
         "too, so it pays only where most guesses are right and few sequences run; auto stops it elsewhere "
         "(default: off)",
+    )
+
+
+def add_cache_format(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--cache-format",
+        choices=("fp32", "bf16", "fp8", "int8"),
+        help=f"the numbers that the context is kept in (default: {default})",
     )
 
 
@@ -79,6 +96,9 @@ def load_engine(args: argparse.Namespace) -> LocalModel:
     model = load(args)
     model.engine_options = {
         "memory": args.memory,
+        "cache_format": args.cache_format,
+        "context_pages": args.context_pages,
+        "context_pages_size": args.context_pages_size,
         "context_cache": args.context_cache,
         "context_cache_size": args.context_cache_size,
         "speculate": args.speculate,

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from fourfold.cli.options import MODEL_HELP, SOURCE_HELP, Command, add_json, add_numbers, load
+from fourfold.cli.options import MODEL_HELP, SOURCE_HELP, Command, add_cache_format, add_json, add_numbers, load
 from fourfold.cli.show import print_json, print_table, say, size_text
 
 RECALL = ("mqar", "needle", "ruler")  # suites that go on where they were interrupted, and draw a map
@@ -37,6 +37,7 @@ def add_commands(command: Command) -> None:
     evaluate.add_argument("--task", help="one task of the suite")
     evaluate.add_argument("--samples", type=int, help="items per task")
     evaluate.add_argument("--seed", type=int, help="seed of the items")
+    add_cache_format(evaluate, "fp32")
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the scores to this file")
 
     data = command("data", _data, "build or list training data")
@@ -108,7 +109,9 @@ def _eval(args: argparse.Namespace) -> None:
         raise ValueError(f"SUITE: {args.suite!r} is unknown; choose one of {', '.join(suites)}")
     if isinstance(args.length, list) and args.suite not in RECALL:
         raise ValueError(f"--length: {args.suite} takes one, got {len(args.length)}")
-    given = {name: getattr(args, name) for name in ("length", "depths", "task", "samples", "seed")}
+    if args.cache_format and args.suite not in RECALL:
+        raise ValueError(f"--cache-format: {args.suite} reads without a cache")
+    given = {name: getattr(args, name) for name in ("length", "depths", "task", "samples", "seed", "cache_format")}
     settings = {name: value for name, value in given.items() if value is not None}
     if args.suite in RECALL and args.json:
         settings["partial"] = args.json.with_suffix(".partial.jsonl")

@@ -2,7 +2,8 @@
 
 A page holds ``page_size`` positions of all layers in one contiguous block, so that the same bytes can lie in
 VRAM, in RAM or on disk: latent, rotary key and index key, or k and v, of each position; or one entry for every
-``ratio`` positions where a layer compresses. A full page never changes again and may be shared by all sequences
+``ratio`` positions where a layer compresses. Its dtype is the format of all these rows: floating numbers, or int8 or
+fp8 with scales (see ``ops/reference/rows.py``). A full page never changes again and may be shared by all sequences
 with the same prefix. What compressing layers need of the last few positions alone (their window, and what they
 have not pooled yet) is the tail, one flat row per sequence.
 """
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fourfold import ops
 from fourfold.config import ModelConfig
+from fourfold.counts import kv_parts
 
 
 class CacheFull(RuntimeError):
@@ -24,14 +28,16 @@ class CacheFull(RuntimeError):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a page keeps one kind of row: ``width`` numbers for every ``ratio`` positions.
+    """Where a page keeps one kind of row: ``width`` elements for every ``ratio`` positions, scales included.
 
-    They begin at number ``start * page_size``: ``start`` counts numbers per position, so it may be a fraction.
+    They begin at element ``start * page_size``: ``start`` counts elements per position, so it may be a fraction.
+    ``parts``: the numbers in each part of a row.
     """
 
     start: float
     width: int
-    ratio: int = 1
+    ratio: int
+    parts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,19 @@ class Layout:
 
     slots: "layers.N.kv", "layers.N.index" and "layers.N.summary"; tails: "layers.N.window", "layers.N.pool" and
     "layers.N.index_pool".
-    ``multiple``: what page_size must be a multiple of.
+    ``dtype``: of what is in the slots; ``multiple``: what page_size must be a multiple of.
     """
 
+    dtype: torch.dtype = torch.float32
     slots: dict[str, Slot] = field(default_factory=dict)
     tails: dict[str, Tail] = field(default_factory=dict)
     multiple: int = 1
-    per_position: float = 0.0  # numbers in a page for each position
+    per_position: float = 0.0  # elements of a page for each position
     tail_width: int = 0
 
-    def add_slot(self, name: str, width: int, ratio: int = 1) -> None:
-        self.slots[name] = Slot(self.per_position, width, ratio)
+    def add_slot(self, name: str, parts: tuple[int, ...], ratio: int = 1) -> None:
+        width = ops.row_width(parts, self.dtype)
+        self.slots[name] = Slot(self.per_position, width, ratio, parts)
         self.per_position += width / ratio
         self.multiple = math.lcm(self.multiple, ratio)
 
@@ -68,22 +76,22 @@ class Layout:
         self.tail_width += width * rows
 
 
-def layout(cfg: ModelConfig, mtp: bool = False) -> Layout:
+def layout(cfg: ModelConfig, mtp: bool = False, dtype: torch.dtype = torch.float32) -> Layout:
     """The cache layout of a model: plain slots for ``mla`` and ``gqa``, entries and tails for the others.
 
-    mtp: with slots for the block past the trunk, where that has plain ones.
+    mtp: with slots for the block past the trunk, where that has plain ones; dtype: the format of rows.
     """
-    kept = Layout()
+    kept, key = Layout(dtype), (cfg.indexer.head_dim,)
     if cfg.attention.is_compressed:
         _lay_out_compressed(cfg, kept)
         return kept
     past = [cfg.num_hidden_layers] if mtp else []
     for layer in [*range(cfg.num_hidden_layers), *past]:
-        kept.add_slot(f"layers.{layer}.kv", attention_width(cfg))
+        kept.add_slot(f"layers.{layer}.kv", kv_parts(cfg))
     for layer in [*indexer_layers(cfg), *(past if cfg.indexer.mode != "off" else ())]:
-        kept.add_slot(f"layers.{layer}.index", cfg.indexer.head_dim)
+        kept.add_slot(f"layers.{layer}.index", key)
         if cfg.indexer.candidate_blocks:
-            kept.add_slot(f"layers.{layer}.summary", cfg.indexer.head_dim, cfg.indexer.block_size)
+            kept.add_slot(f"layers.{layer}.summary", key, cfg.indexer.block_size)
     return kept
 
 
@@ -93,20 +101,19 @@ def _lay_out_compressed(cfg: ModelConfig, kept: Layout) -> None:
         kept.add_tail(f"layers.{layer}.window", a.head_dim, a.sliding_window - 1)
         if not ratio or (a.kind == "csa2" and layer not in a.kv_source_layer_ids):
             continue
-        kept.add_slot(f"layers.{layer}.kv", a.head_dim, ratio)
+        kept.add_slot(f"layers.{layer}.kv", kv_parts(cfg), ratio)
         overlaps = a.kind == "compressed" and ratio == a.csa_ratio
         pending = 2 * ratio - 1 if overlaps else ratio - 1
         kept.add_tail(f"layers.{layer}.pool", (4 if overlaps else 2) * a.head_dim, pending)
         if index.mode != "off" and (overlaps or a.kind == "csa2"):
-            kept.add_slot(f"layers.{layer}.index", index.head_dim, ratio)
+            kept.add_slot(f"layers.{layer}.index", (index.head_dim,), ratio)
             if overlaps:
                 kept.add_tail(f"layers.{layer}.index_pool", 4 * index.head_dim, pending)
 
 
 def attention_width(cfg: ModelConfig) -> int:
     """Numbers cached per position by one ``mla`` or ``gqa`` layer."""
-    a = cfg.attention
-    return a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.num_key_value_heads * a.head_dim
+    return sum(kv_parts(cfg))
 
 
 def indexer_layers(cfg: ModelConfig) -> list[int]:
@@ -128,13 +135,26 @@ class SequenceState:
     tail: Tensor | None = field(default=None, compare=False)
 
 
-def page_numbers(kept: Layout, page_size: int) -> int:
-    """Numbers in a page."""
+def page_elements(kept: Layout, page_size: int) -> int:
+    """Elements of a page."""
     return round(kept.per_position * page_size)
 
 
+class Backing(Protocol):
+    """Memory of pages that are not always there: ``data``, uint8 [n_pages, bytes of a page], may be read and written
+    after its slot ``name`` in ``pages`` was brought in by ``use``, which may take others out."""
+
+    data: Tensor
+
+    def use(self, name: str, pages: Tensor) -> None: ...
+    def use_all(self, pages: list[int]) -> None: ...
+
+
 class PagePool:
-    """``n_pages`` pages of ``page_size`` positions; pages are counted by reference and given out on demand."""
+    """``n_pages`` pages of ``page_size`` positions; pages are counted by reference and given out on demand.
+
+    ``dtype``: the format of their rows, one of ``ops.ROW_FORMATS``; ``backing``: where they lie, if not in memory.
+    """
 
     def __init__(
         self,
@@ -144,15 +164,20 @@ class PagePool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         mtp: bool = False,
+        backing: Backing | None = None,
     ) -> None:
-        self.layout = layout(cfg, mtp)
+        self.layout = layout(cfg, mtp, dtype)
         if n_pages < 1 or page_size < 1 or page_size % self.layout.multiple:
             raise ValueError(
                 f"PagePool: n_pages ({n_pages}) must be at least 1, "
                 f"page_size ({page_size}) a multiple of {self.layout.multiple}"
             )
         self.page_size = page_size
-        self.data = torch.zeros(n_pages, page_numbers(self.layout, page_size), dtype=dtype, device=device)
+        self.backing = backing
+        if backing is None:
+            self.data = torch.zeros(n_pages, page_elements(self.layout, page_size), dtype=dtype, device=device)
+        else:
+            self.data = backing.data.view(dtype)
         self._references = [0] * n_pages
         self._free = list(range(n_pages - 1, -1, -1))
 
@@ -162,6 +187,17 @@ class PagePool:
         rows = self.page_size // slot.ratio
         start = round(slot.start * self.page_size)
         return self.data[:, start : start + rows * slot.width].unflatten(1, (rows, slot.width))
+
+    def use(self, name: str, pages: Tensor) -> None:
+        """To be called before the rows of a slot in ``pages``, int64 of any shape, are read or written."""
+        if self.backing is not None:
+            self.backing.use(name, pages)
+
+    def use_all(self, pages: list[int]) -> list[int]:
+        """The same of all slots. Returns ``pages``."""
+        if self.backing is not None:
+            self.backing.use_all(pages)
+        return pages
 
     @property
     def free(self) -> int:
@@ -241,33 +277,52 @@ class Cache:
 
     def write(self, name: str, values: Tensor) -> None:
         """Stores ``values`` [T, w] of the new positions in a slot of ratio 1."""
-        self.pool.view(name)[self._pages, self._rows] = values.detach().to(self.pool.data.dtype)
+        self.pool.use(name, self._pages)
+        self.pool.view(name)[self._pages, self._rows] = self._encoded(name, values)
 
     def write_entries(self, name: str, values: Tensor, sequences: Tensor, entries: Tensor) -> None:
         """Stores ``values`` [M, w], the entries number ``entries`` [M] of ``sequences`` [M]."""
         per_page = self.pool.page_size // self.pool.layout.slots[name].ratio
         pages = self._tables[sequences, entries // per_page]
-        self.pool.view(name)[pages, entries % per_page] = values.detach().to(self.pool.data.dtype)
+        self.pool.use(name, pages)
+        self.pool.view(name)[pages, entries % per_page] = self._encoded(name, values)
+
+    def _encoded(self, name: str, values: Tensor) -> Tensor:
+        return ops.encode_rows(values.detach(), self.pool.layout.slots[name].parts, self.pool.data.dtype)
+
+    def _decoded(self, name: str, rows: Tensor) -> Tensor:
+        return ops.decode_rows(rows, self.pool.layout.slots[name].parts)
 
     def read(self, name: str, sequences: Tensor, count: int) -> Tensor:
-        """The first ``count`` rows (or entries) of ``sequences`` [B]: [B, count, width].
+        """The numbers in the first ``count`` rows (or entries) of ``sequences`` [B]: [B, count, w].
 
         A shorter sequence is filled up with other pages' numbers, which the caller masks.
         """
         per_page = self.pool.page_size // self.pool.layout.slots[name].ratio
         tables = self._tables[sequences, : -(-count // per_page)]
-        return self.pool.view(name)[tables].flatten(1, 2)[:, :count]
+        self.pool.use(name, tables)
+        return self._decoded(name, self.pool.view(name)[tables].flatten(1, 2)[:, :count])
 
     def read_blocks(self, name: str, sequences: Tensor, blocks: Tensor, size: int) -> Tensor:
         """Rows ``size`` by ``size``, of a size that divides a page: those of the blocks with numbers ``blocks`` [M] of
-        ``sequences`` [M]. Returns [M, size, width]."""
+        ``sequences`` [M]. Returns [M, size, w]."""
         pages = self._tables[sequences, blocks * size // self.pool.page_size]
-        return self.pool.view(name).unflatten(1, (-1, size))[pages, blocks % (self.pool.page_size // size)]
+        self.pool.use(name, pages)
+        rows = self.pool.view(name).unflatten(1, (-1, size))[pages, blocks % (self.pool.page_size // size)]
+        return self._decoded(name, rows)
 
     def lie(self, name: str, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the rows of a slot lie: those of all pages, see :meth:`PagePool.view`, and int64 [B, m] the pages of
-        ``sequences`` [B]; a shorter sequence is filled up with other pages."""
+        """Where the rows of a slot lie, in their format: those of all pages, see :meth:`PagePool.view`, and int64
+        [B, m] the pages of ``sequences`` [B]; a shorter sequence is filled up with other pages."""
         return self.pool.view(name), self._tables[sequences]
+
+    def expect(self, name: str, pages: Tensor, valid: Tensor, indices: Tensor | None) -> None:
+        """Announces a read where the rows lie: the arguments of ``ops.latent_attention``."""
+        if self.pool.backing is None:
+            return
+        if indices is None:
+            indices = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        self.pool.use(name, pages.gather(1, indices // self.pool.page_size)[valid])
 
     def tail(self, name: str, sequences: Tensor) -> Tensor:
         """float32 [B, rows, width]: what ``keep`` stored for ``sequences`` [B], zeros where nothing was."""

@@ -121,6 +121,8 @@ class MLA(nn.Module):
         batch, length = window.rows.shape
         expansions = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
         pages = pages[:, None].expand(-1, length, -1).flatten(0, 1)
+        if ctx.cache is not None:
+            ctx.cache.expect(self.slot, pages, valid, indices)
         out = ops.latent_attention(
             q_nope.flatten(0, 1), q_rope.flatten(0, 1), expansions, entries, pages, valid, self.scale, indices
         )

@@ -23,6 +23,8 @@ TWINS: dict[str, tuple[str, ...]] = {
         "apply_rope",
         "attention",
         "attention_mass",
+        "decode_rows",
+        "encode_rows",
         "experts",
         "hyper_maps",
         "latent_attention",
@@ -102,6 +104,8 @@ mix_streams = _dispatched("mix_streams")
 apply_rope = _dispatched("apply_rope")
 rms_norm = _dispatched("rms_norm")
 latent_attention = _dispatched("latent_attention")
+encode_rows = _dispatched("encode_rows")
+decode_rows = _dispatched("decode_rows")
 pack_weight = _dispatched("pack_weight")
 quantized_experts = _dispatched("quantized_experts")
 quantized_linear = _dispatched("quantized_linear")
@@ -123,6 +127,7 @@ from fourfold.ops.reference import (  # noqa: E402
     e8m0_decode,
     e8m0_encode,
     fp4_to_fp8,
+    has_scales,
     pack_nibbles,
     pool,
     quantize_fp4,
@@ -131,6 +136,7 @@ from fourfold.ops.reference import (  # noqa: E402
     quantize_int8,
     rope_frequencies,
     rope_tables,
+    row_width,
     simulate_fp4,
     simulate_fp8,
     sinkhorn,
@@ -138,10 +144,12 @@ from fourfold.ops.reference import (  # noqa: E402
     unpack_nibbles,
     yarn_mscale,
 )
+from fourfold.ops.reference.rows import ROW_FORMATS  # noqa: E402
 
 __all__ = [
     "FP8_BLOCK",
     "Quantized",
+    "ROW_FORMATS",
     "TWINS",
     "apply_rope",
     "at_least_float32",
@@ -152,6 +160,7 @@ __all__ = [
     "block_means",
     "candidate_keys",
     "chosen_positions",
+    "decode_rows",
     "compute_dtype",
     "dequantize_fp4",
     "dequantize_fp8",
@@ -161,9 +170,11 @@ __all__ = [
     "e2m1_encode",
     "e8m0_decode",
     "e8m0_encode",
+    "encode_rows",
     "experts",
     "float32_island",
     "fp4_to_fp8",
+    "has_scales",
     "hyper_maps",
     "implementation",
     "index_scores",
@@ -184,6 +195,7 @@ __all__ = [
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
+    "row_width",
     "select_positions",
     "select_topk",
     "simulate_fp4",

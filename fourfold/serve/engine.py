@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fourfold import ops
 from fourfold.media.processor import build_document
-from fourfold.model.cache import Cache, PagePool
+from fourfold.model.cache import Cache, PagePool, layout
 from fourfold.model.sequence import Document
 from fourfold.model.transformer import Model
 from fourfold.ops.cpu.threads import without_openmp
 from fourfold.serve.batch import pack_step
 from fourfold.serve.disk import PageDirectory, fingerprint
 from fourfold.serve.memory import make_budget, size
+from fourfold.serve.pagefile import PageFile
 from fourfold.serve.prefix import PrefixStore
 from fourfold.serve.request import EngineBusy, EngineError, Failed, Handle, Request, RequestError
 from fourfold.serve.running import Grammar, Running
@@ -44,7 +46,10 @@ class Engine:
 
     ``memory``: bytes that weights, cache and workspace may take together (default: a cache of four full contexts, if
     1 GiB holds them); ``pages``: size of the cache in pages of ``page_size`` positions, whatever ``memory`` would
-    allow; ``context_cache``: a directory that keeps prefixes on disk, at most ``context_cache_size`` bytes of them;
+    allow; ``cache_format``: of the rows in them, one of ``ops.ROW_FORMATS`` (default: the dtype of the weights);
+    ``context_pages``: a directory for a temporary file of at most ``context_pages_size`` bytes that the pages lie in,
+    so that ``memory`` bounds how many of them are in RAM and not how many there are; ``context_cache``: a directory
+    that keeps prefixes on disk, at most ``context_cache_size`` bytes of them;
     ``speculate``: whether the model's MTP block guesses tokens ahead: "on", "off", or "auto", which is while few
     sequences decode and the guesses are right; ``max_running``: sequences in a step; ``max_waiting``: requests that may
     queue; ``prefill_tokens``: prompt positions computed in a step. Thread-safe; close it (or use it in a ``with``) to
@@ -62,6 +67,9 @@ class Engine:
         memory: int | None = None,
         pages: int | None = None,
         page_size: int = 16,
+        cache_format: str | None = None,
+        context_pages: Path | None = None,
+        context_pages_size: int = DISK_CACHE,
         context_cache: Path | None = None,
         context_cache_size: int = DISK_CACHE,
         speculate: str = "off",
@@ -73,22 +81,34 @@ class Engine:
             raise ValueError(f"speculate: is {speculate!r}; choose one of {', '.join(MODES)}")
         if speculate == "on" and not can_speculate(model):
             raise ValueError("speculate: this model has no MTP block whose guesses could be taken back")
+        if cache_format not in (None, *ops.ROW_FORMATS):
+            raise ValueError(f"cache_format: is {cache_format!r}; choose one of {', '.join(ops.ROW_FORMATS)}")
         guesses = speculate != "off" and can_speculate(model)
         parameter = next(model.parameters())
+        dtype = ops.ROW_FORMATS[cache_format] if cache_format else parameter.dtype
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.chat = chat or default_chat(tokenizer)
         self.config = model.cfg
         self.budget = make_budget(
             model, memory=memory, pages=pages, page_size=page_size, positions=prefill_tokens + max_running,
-            sequences=max_running, mtp=guesses,
+            sequences=max_running, mtp=guesses, cache_dtype=dtype,
+            file=None if context_pages is None else context_pages_size,
         )  # fmt: skip
         self.pages, self.page_size = self.budget.pages, self.budget.page_size
         self.max_waiting = max_waiting
         self._device = parameter.device
         dense = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p.is_floating_point())
         self._light = LIGHT // max(dense, 1) if self._device.type == "cpu" and dense * WAITING <= LIGHT else 0
-        self._pool = PagePool(self.config, self.pages, self.page_size, parameter.dtype, parameter.device, guesses)
+        self._file = None
+        if context_pages is not None:
+            if parameter.device.type != "cpu":
+                raise ValueError("context_pages: a file holds the pages of a model on the CPU alone")
+            kept = layout(self.config, guesses, dtype)
+            self._file = PageFile(Path(context_pages), kept, self.pages, self.page_size, self.budget.rows)
+        self._pool = PagePool(
+            self.config, self.pages, self.page_size, dtype, parameter.device, guesses, backing=self._file
+        )
         self._speculator = Speculator(model, self._pool, speculate) if guesses else None
         self._prefixes = PrefixStore(self._pool, self.budget.max_tails)
         self._disk = None
@@ -133,6 +153,8 @@ class Engine:
             "steps": self._steps,
             "preemptions": self._scheduler.preemptions,
         }
+        if self._file is not None:
+            stats |= {"resident_bytes": self._file.resident, "evicted_rows": self._file.evicted}
         if self._disk is not None:
             stats |= {"disk_pages": len(self._disk), "disk_bytes": self._disk.used}
         if self._speculator is not None:
@@ -326,6 +348,6 @@ class Engine:
         log.error("a request failed", exc_info=error)
         # Not-finite numbers must not stay behind: masked positions of a page's next owner would spread them.
         own = [page for page in running.state.pages if self._pool.references(page) == 1]
-        self._pool.data[own] = 0
+        self._pool.data[self._pool.use_all(own)] = 0
         self._scheduler.retire(running)
         running.handle.put(Failed(EngineError(f"the model failed on this request: {error}")))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from fourfold import counts
 from fourfold.config import ModelConfig
-from fourfold.model.cache import layout, page_numbers
+from fourfold.model.cache import layout, page_elements
 from fourfold.model.transformer import Model
+from fourfold.serve.pagefile import resident_bytes, spans
 
 DEFAULT_CACHE = 2**30  # bytes
 TAIL_CACHE = 2**28  # bytes that the tails of prefixes may take
@@ -21,7 +24,11 @@ class MemoryTooSmall(ValueError):
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes by use. ``tails`` is what the ``max_tails`` tails of prefixes take; the interpreter comes on top."""
+    """Bytes by use. ``tails`` is what the ``max_tails`` tails of prefixes take; the interpreter comes on top.
+
+    ``cache``: what the pages take in memory, of which ``rows`` are rows of attention; less than all that they are
+    where they lie in a file.
+    """
 
     weights: int
     workspace: int
@@ -30,10 +37,12 @@ class Budget:
     max_tails: int
     tails: int
     page_size: int
+    cache: int
+    rows: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.workspace + self.tails + self.pages * self.page
+        return self.weights + self.workspace + self.tails + self.cache
 
 
 def weight_bytes(model: Model) -> int:
@@ -70,37 +79,60 @@ def make_budget(
     positions: int,
     sequences: int,
     mtp: bool = False,
+    cache_dtype: torch.dtype | None = None,
+    file: int | None = None,
 ) -> Budget:
     """How a model is served in ``memory`` bytes (None: as a gigabyte of cache allows), ``pages`` overriding the size.
 
-    ``page_size`` is rounded up to what the layout needs; ``mtp``: whether the cache holds that block too.
+    ``page_size`` is rounded up to what the layout needs; ``mtp``: whether the cache holds that block too;
+    ``cache_dtype``: the format of its rows (None: the dtype of the weights); ``file``: bytes of a file that the pages
+    lie in, of which so much is kept in memory as there is room for.
     Raises MemoryTooSmall with the numbers.
     """
-    cfg, parameter = model.cfg, next(model.parameters())
-    kept = layout(cfg, mtp)
+    cfg, dtype = model.cfg, cache_dtype or next(model.parameters()).dtype
+    kept = layout(cfg, mtp, dtype)
     page_size = math.lcm(page_size, kept.multiple)
-    page = page_numbers(kept, page_size) * parameter.element_size()
+    page = page_elements(kept, page_size) * dtype.itemsize
     tail = 4 * kept.tail_width
     context = cfg.max_position_embeddings
     weights = weight_bytes(model)
+    # Of a page in a file the rows of one layer are needed at a time, and all else is.
+    layers = [stop - start for start, stop in spans(kept, page_size).values()]
+    rest = page - sum(layers) if file is not None else 0
+    held = page if file is None else min(page, rest + max(map(resident_bytes, layers)))
+    most = (DEFAULT_CACHE if file is None else file) // page
+    if file is not None and not most:
+        raise MemoryTooSmall(f"context_pages_size: is {size(file)}; one page takes {size(page)}")
     if memory is None:
-        pages = pages or max(1, min(-(-4 * context // page_size), DEFAULT_CACHE // page))
+        pages = pages or max(1, min(-(-4 * context // page_size), most))
         workspace = workspace_bytes(cfg, positions, sequences, min(context, pages * page_size))
         max_tails = max(1, TAIL_CACHE // tail) if tail else 0
-        return Budget(weights, workspace, page, pages, max_tails, max_tails * tail, page_size)
+        rows = (
+            pages * (page - rest)
+            if file is None
+            else min(pages * (page - rest), max(DEFAULT_CACHE, pages * (held - rest)))
+        )
+        tails = max_tails * tail
+        return Budget(weights, workspace, page, pages, max_tails, tails, page_size, pages * rest + rows, rows)
     live = 2 * sequences * tail  # before and after a step
     shortest = min(context, -(-2 * positions // page_size) * page_size)
     fewest = pages or shortest // page_size
     # Longer sequences need more workspace as well as more pages; both are linear in the positions of the cache.
-    least = weights + workspace_bytes(cfg, positions, sequences, shortest) + live + tail + fewest * page
+    least = weights + workspace_bytes(cfg, positions, sequences, shortest) + live + tail + fewest * held
     if least > memory:
         raise MemoryTooSmall(too_small(memory, weights, least, shortest))
     max_tails = max(1, min(TAIL_CACHE, (memory - least) // TAIL_SHARE) // tail) if tail else 0
     left = memory - weights - live - max_tails * tail
     if pages is None:
-        pages = _most_pages(cfg, left, page, page_size, positions, sequences)
+        pages = _most_pages(cfg, left, held, page_size, positions, sequences)
+        if file is not None:
+            inside = _most_pages(cfg, left, page, page_size, positions, sequences)
+            pages = min(pages, most, max(inside, -(-4 * context // page_size)))
     workspace = workspace_bytes(cfg, positions, sequences, min(context, pages * page_size)) + live
-    return Budget(weights, workspace, page, pages, max_tails, max_tails * tail, page_size)
+    rows = pages * (page - rest)
+    if file is not None:
+        rows = min(rows, max(pages * (held - rest), left + live - workspace - pages * rest))
+    return Budget(weights, workspace, page, pages, max_tails, max_tails * tail, page_size, pages * rest + rows, rows)
 
 
 def _most_pages(cfg: ModelConfig, left: int, page: int, page_size: int, positions: int, sequences: int) -> int:

@@ -96,7 +96,7 @@ class Scheduler:
             keys = [running.key(number, self._pool.page_size) for number in numbers]
             tails = [self._prefixes.tail(key) for key in keys]
             wanted = [n for n, key, tail in zip(numbers, keys, tails, strict=True) if self.disk.wants(key, tail)]
-            pages = self._pool.data[[running.state.pages[n] for n in wanted]].cpu()
+            pages = self._pool.data[self._pool.use_all([running.state.pages[n] for n in wanted])].cpu()
             self.disk.put([(keys[n - start], page, tails[n - start]) for n, page in zip(wanted, pages, strict=True)])
         running.saved = last
 
@@ -199,7 +199,7 @@ class Scheduler:
         fresh = SequenceState()
         self._pool.reserve(fresh, 1)
         numbers, tail = found
-        self._pool.data[fresh.pages[0]] = numbers.to(self._pool.data.device)
+        self._pool.data[self._pool.use_all(fresh.pages)[0]] = numbers.to(self._pool.data.device)
         self._prefixes.put(key, fresh.pages[0], tail)
         return fresh.pages[0]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.data.recall import NEEDLES, document
 from fourfold.eval import mqar, recall
@@ -56,6 +57,27 @@ def test_answers_from_shared_pages_are_those_of_each_question_alone(subject):
     for query, said in zip(made.queries, together, strict=True):
         ids = [subject.tokenizer.special("<|bos|>"), *made.context.tolist(), *query.tokens]
         assert said == [int(subject.logits(ids)[-1].argmax())]
+
+
+def test_the_format_of_the_pages_is_the_one_asked_for(subject, monkeypatch):
+    used = []
+
+    def greedy(model, made, kept, dtype):
+        used.append(dtype)
+        return right(made)
+
+    monkeypatch.setattr(recall, "greedy", greedy)
+    report = run(subject, None, length=1024, cache_format="fp8")
+    assert set(used) == {torch.float8_e4m3fn} and report["settings"]["cache_format"] == "fp8"
+    with pytest.raises(ValueError, match="cache_format: 'int3' is unknown"):
+        run(subject, None, cache_format="int3")
+
+
+@pytest.mark.parametrize("dtype", ops.ROW_FORMATS.values(), ids=str)
+def test_pages_of_any_format_can_be_asked(subject, dtype):
+    made = document("mqar", subject.tokenizer, 200, 0)
+    answers = recall.greedy(subject, made, page_size=16, dtype=dtype)
+    assert [len(said) for said in answers] == [len(query.answer) for query in made.queries]
 
 
 def test_a_fork_shares_full_pages_and_copies_the_last(subject):

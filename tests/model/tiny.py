@@ -199,13 +199,19 @@ def logits(made: Model, *documents: Document, row: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def decode(
-    made: Model, documents: list[Document], chunks: list[list[int]], page_size: int = 8, fill: float = 0.0
+    made: Model,
+    documents: list[Document],
+    chunks: list[list[int]],
+    page_size: int = 8,
+    fill: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Logits of each document, computed through the cache, all documents together.
 
-    chunks: per document, the lengths of the pieces it is fed in. ``fill``: what the fresh pages hold.
+    chunks: per document, the lengths of the pieces it is fed in. ``fill``: what the fresh pages hold; ``dtype``:
+    their format.
     """
-    pool = PagePool(made.cfg, sum(-(-len(d) // page_size) for d in documents), page_size)
+    pool = PagePool(made.cfg, sum(-(-len(d) // page_size) for d in documents), page_size, dtype)
     pool.data.fill_(fill)
     states, out = [SequenceState() for _ in documents], [[] for _ in documents]
     for turn in range(max(map(len, chunks))):

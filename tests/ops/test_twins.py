@@ -126,6 +126,18 @@ def latent_attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> 
     )
 
 
+def encode_rows_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    """Not fp8, some of whose bytes are NaN as numbers; test_rows.py looks at bytes."""
+    parts = [width(size, rng) for _ in range(rng.randint(1, 3))]
+    x = torch.randn(length(size, rng, 40), sum(parts), dtype=dtype)
+    return Case([x, parts, rng.choice([torch.int8, torch.float32, torch.bfloat16])])
+
+
+def decode_rows_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    x, parts, _ = encode_rows_case(size, torch.float32, rng).args
+    return Case([reference.encode_rows(x, parts, rng.choice([torch.int8, torch.float8_e4m3fn, dtype])), parts])
+
+
 def experts_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     n_experts = 1 if size == "one" else rng.randint(4, 9)
     per_token = rng.randint(1, min(3, n_experts))
@@ -226,6 +238,8 @@ CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
     "apply_rope": apply_rope_case,
     "attention": attention_case,
     "attention_mass": attention_mass_case,
+    "decode_rows": decode_rows_case,
+    "encode_rows": encode_rows_case,
     "experts": experts_case,
     "hyper_maps": hyper_maps_case,
     "latent_attention": latent_attention_case,

@@ -139,6 +139,21 @@ def test_another_models_pages_are_never_used(start, model, tmp_path):
     assert set(before) <= set(units(tmp_path))
 
 
+def test_pages_keep_their_format_and_those_of_another_are_not_read(start, tmp_path):
+    cold = {}
+    for numbers in ("int8", "fp8"):
+        with start(cache_format=numbers) as engine:
+            cold[numbers], end = ask_ids(engine)
+            assert end.usage.cached_tokens == 0
+            settle(engine)
+    with start() as engine:  # in float32
+        assert engine.stats()["disk_pages"] == 0
+    for numbers in ("fp8", "int8"):
+        with start(cache_format=numbers) as engine:
+            warm, end = ask_ids(engine)
+            assert warm == cold[numbers] and end.usage.cached_tokens == 96
+
+
 def test_the_quota_holds_and_the_oldest_go_first(start, tmp_path):
     with start() as engine:
         ask_ids(engine)

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from fourfold.model.sequence import Document
 from fourfold.serve.engine import Engine
@@ -19,6 +20,12 @@ def test_the_parts_are_counted_and_stay_below_the_limit(model):
         assert b.total <= memory * 2**20 < b.total + 2 * b.page + 2**16
     assert sizes[0].pages < sizes[1].pages < sizes[2].pages
     assert sizes[2].workspace == workspace_bytes(model.cfg, 32, 8, 512)
+
+
+def test_smaller_numbers_leave_room_for_more_pages(model):
+    wide, half, byte = (budget(model, 2**26, cache_dtype=t) for t in (torch.float32, torch.bfloat16, torch.int8))
+    assert wide.page == 2 * half.page and byte.page < 0.75 * half.page  # short rows, so that scales weigh
+    assert wide.pages < half.pages < byte.pages and byte.total <= 2**26
 
 
 def test_tails_are_counted(compressed):  # noqa: F811

@@ -1,6 +1,7 @@
 """The command line's word for how the engine uses the machine."""
 
 import pytest
+import torch
 
 import fourfold
 from fourfold.cli import main
@@ -24,9 +25,42 @@ def test_serve_passes_them_on(local, monkeypatch, tmp_path):
 
     monkeypatch.setattr("fourfold.api.server.run_server", run_server)
     cache = str(tmp_path / "cache")
-    assert main(["serve", "--memory", "60MiB", "--context-cache", cache, "--context-cache-size", "1MB"]) == 0
+    assert (
+        main(
+            [
+                "serve",
+                "--memory",
+                "60MiB",
+                "--context-cache",
+                cache,
+                "--context-cache-size",
+                "1MB",
+                "--cache-format",
+                "fp8",
+            ]
+        )
+        == 0
+    )
     assert 50 * 2**20 < stats["budget"].total <= 60 * 2**20 and stats["disk_pages"] == 0
-    assert local.engine._disk.quota == 10**6
+    assert local.engine._disk.quota == 10**6 and local.engine._pool.data.dtype == torch.float8_e4m3fn
+
+
+def test_pages_may_lie_in_a_file(local, monkeypatch, tmp_path, capsys):
+    stats = {}
+
+    def run_server(engine, name, **options):
+        stats.update(engine.stats(), budget=engine.budget)
+
+    monkeypatch.setattr("fourfold.api.server.run_server", run_server)
+    pages, size = str(tmp_path / "pages"), ["--context-pages-size", "1MiB"]
+    assert main(["serve", "--memory", "60MiB", "--context-pages", pages, *size]) == 0
+    budget = stats["budget"]
+    assert stats["resident_bytes"] == 0 and budget.pages == 2**20 // budget.page
+    assert local.engine._pool.backing is not None and local.engine._file.data.nbytes <= 2**20
+    local.close()
+    (tmp_path / "file").write_text("")
+    assert main(["serve", "--context-pages", str(tmp_path / "file")]) == 2
+    assert "file" in capsys.readouterr().err
 
 
 def test_a_model_too_large_is_refused_before_it_is_loaded(monkeypatch, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.data.recall import Query, Recall, document
 from fourfold.eval import Subject
@@ -34,7 +35,8 @@ def run_suite(
     """Every task x length x depth, ``samples`` documents each.
 
     settings: length (one or several, default 1024), task (one of ``tasks``), samples (default 20), seed, depths
-    (shares; drawn for each document if not given), partial (file that keeps what is done; a rerun goes on from it).
+    (shares; drawn for each document if not given), cache_format (one of ``ops.ROW_FORMATS``, default fp32), partial
+    (file that keeps what is done; a rerun goes on from it).
     answer: the tokens said to each query of a document; the model's greedy ones if None. Where the model's indexers
     work in two levels, ``kept`` says for each length and layer what share of the flat indexer's choice they make.
     Raises ValueError for a setting out of range, or if ``partial`` was begun with other settings.
@@ -45,13 +47,17 @@ def run_suite(
     depths = settings.get("depths") or [None]
     if settings.get("task", tasks[0]) not in tasks:
         raise ValueError(f"task: {settings['task']!r} is unknown; choose one of {', '.join(tasks)}")
+    if (numbers := settings.get("cache_format", "fp32")) not in ops.ROW_FORMATS:
+        raise ValueError(f"cache_format: {numbers!r} is unknown; choose one of {', '.join(ops.ROW_FORMATS)}")
     if samples < 1 or min(lengths) < 5:
         raise ValueError(f"samples ({samples}) must be at least 1, length ({min(lengths)}) at least 5")
     chosen = [settings["task"]] if "task" in settings else list(tasks)
     said = {"length": lengths, "samples": samples, "seed": seed, "depths": depths, "task": chosen}
+    if "cache_format" in settings:
+        said["cache_format"] = numbers
     done = _begin(settings.get("partial"), {"suite": suite, "model": model.name, **said})
     kept: dict[int, list[float]] = defaultdict(list)
-    answer = answer or (lambda made: greedy(model, made, kept))
+    answer = answer or (lambda made: greedy(model, made, kept, dtype=ops.ROW_FORMATS[numbers]))
     cells = [(t, n, d, i) for n in lengths for t in chosen for d in depths for i in range(samples)]
     for number, (task, length, depth, sample) in enumerate(cells):
         if (task, length, depth, sample) in done:
@@ -100,7 +106,11 @@ def score(model: Subject, task: str, query: Query, said: Sequence[int]) -> float
 
 @torch.inference_mode()
 def greedy(
-    model: Subject, made: Recall, kept: dict[int, list[float]] | None = None, page_size: int = 64
+    model: Subject,
+    made: Recall,
+    kept: dict[int, list[float]] | None = None,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> list[list[int]]:
     """The greedy answer to each query, no longer than the right one; the context is read once for all of them.
 
@@ -112,7 +122,7 @@ def greedy(
     ids = [*prefix, *made.context.tolist()]
     longest = max(len(query.tokens) + len(query.answer) for query in made.queries)
     size = math.lcm(page_size, PagePool(network.cfg, 1, math.lcm(page_size, 128)).layout.multiple)
-    pool = PagePool(network.cfg, -(-len(ids) // size) + -(-longest // size) + 2, size, device=device)
+    pool = PagePool(network.cfg, -(-len(ids) // size) + -(-longest // size) + 2, size, dtype, device)
     state = SequenceState()
     chunk = max(64, min(2048, int(SCORES / min(len(ids), _reach(network.cfg)))))
     for start in range(0, len(ids), chunk):
@@ -145,7 +155,8 @@ def fork(pool: PagePool, state: SequenceState) -> SequenceState:
     if state.length % pool.page_size:
         other = SequenceState()
         pool.reserve(other, 1)
-        pool.data[other.pages[0]] = pool.data[state.pages[full]]
+        to, source = pool.use_all([other.pages[0], state.pages[full]])
+        pool.data[to] = pool.data[source]
         branch.pages += other.pages
     return branch
 

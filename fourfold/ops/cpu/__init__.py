@@ -8,12 +8,15 @@ from fourfold.ops.cpu.linear import linear
 from fourfold.ops.cpu.norm import rms_norm
 from fourfold.ops.cpu.quantized import pack_weight, quantized_experts, quantized_linear
 from fourfold.ops.cpu.rope import apply_rope
+from fourfold.ops.cpu.rows import decode_rows, encode_rows
 from fourfold.ops.cpu.streams import hyper_maps, mix_streams, read_streams
 
 __all__ = [
     "apply_rope",
     "attention",
     "attention_mass",
+    "decode_rows",
+    "encode_rows",
     "experts",
     "hyper_maps",
     "latent_attention",

@@ -8,6 +8,7 @@ from torch import Tensor
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.quantized import route
+from fourfold.ops.cpu.rows import FORMATS
 from fourfold.ops.cpu.threads import team
 
 
@@ -35,7 +36,7 @@ def select_positions(
     """See :func:`fourfold.ops.reference.select_positions`; by the compiled kernel."""
     lying = [keys] if summaries is None else [keys, summaries]
     fits = all(t.dtype == keys.dtype and t.stride()[1:] == (t.shape[-1], 1) for t in lying)
-    fits = fits and keys.dtype in (torch.float32, torch.bfloat16) and q.dtype == weights.dtype == torch.float32
+    fits = fits and keys.dtype in FORMATS and q.dtype == weights.dtype == torch.float32
     if not fits or route() != "native":
         return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks)
     q, weights, pages, past = (t.detach().contiguous() for t in (q, weights, pages, past))
@@ -45,7 +46,7 @@ def select_positions(
     library.ff_select_positions(
         keys.data_ptr(),
         None if summaries is None else summaries.data_ptr(),
-        keys.dtype == torch.bfloat16,
+        FORMATS[keys.dtype],
         pages.data_ptr(),
         pages.shape[1],
         keys.stride(0),

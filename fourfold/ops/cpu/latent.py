@@ -8,6 +8,7 @@ from torch import Tensor
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.quantized import route
+from fourfold.ops.cpu.rows import FORMATS
 from fourfold.ops.cpu.threads import team
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -25,7 +26,11 @@ def latent_attention(
 ) -> Tensor:
     """See :func:`fourfold.ops.reference.latent_attention`."""
     tensors = (q, q_rope, expansions, entries)
-    usable = all(t.dtype in TYPES for t in tensors) and entries.stride()[1:] == (entries.shape[-1], 1)
+    usable = (
+        all(t.dtype in TYPES for t in tensors[:3])
+        and entries.dtype in FORMATS
+        and entries.stride()[1:] == (entries.shape[-1], 1)
+    )
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not usable or learns or route() != "native":
         return reference.latent_attention(q, q_rope, expansions, entries, pages, valid, scale, indices)
@@ -41,7 +46,7 @@ def latent_attention(
     assert library is not None
     library.ff_latent_attention(
         entries.data_ptr(),
-        entries.dtype == torch.bfloat16,
+        FORMATS[entries.dtype],
         pages.data_ptr(),
         pages.stride(0),  # 0: all queries are of one sequence
         entries.stride(0),

@@ -42,6 +42,7 @@ from fourfold.ops.reference.quantized import (
     quantized_linear,
 )
 from fourfold.ops.reference.rope import apply_rope, rope_frequencies, rope_tables, yarn_mscale
+from fourfold.ops.reference.rows import decode_rows, encode_rows, has_scales, row_width
 from fourfold.ops.reference.sinkhorn import sinkhorn
 from fourfold.ops.reference.streams import hyper_maps, mix_streams, read_streams
 
@@ -56,6 +57,7 @@ __all__ = [
     "block_means",
     "candidate_keys",
     "chosen_positions",
+    "decode_rows",
     "dequantize_fp4",
     "dequantize_fp8",
     "dequantize_int4",
@@ -64,8 +66,10 @@ __all__ = [
     "e2m1_encode",
     "e8m0_decode",
     "e8m0_encode",
+    "encode_rows",
     "experts",
     "fp4_to_fp8",
+    "has_scales",
     "hyper_maps",
     "index_scores",
     "linear",
@@ -85,6 +89,7 @@ __all__ = [
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
+    "row_width",
     "select_positions",
     "select_topk",
     "simulate_fp4",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fourfold.ops.reference.norm import at_least_float32
+from fourfold.ops.reference.rows import decode_rows
 
 
 def attention_probs(q: Tensor, k: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
@@ -51,14 +52,15 @@ def latent_attention(
     ``W_UV`` into the output (arXiv 2405.04434, section 2.1).
 
     q: [B, H, n]; q_rope: [B, H, dr]; expansions: [H, n + v, R], rows of ``W_UK`` before those of ``W_UV``; entries:
-    [P, page_size, R + dr], latent and rotary key of each position of a page; pages: int64 [B, m], those of each
-    sequence; valid: bool [B, K], which of the positions with these ``indices`` (int64 [B, K]; None: the first K)
-    count, of which there must be one. Returns [B, H, v].
+    [P, page_size, row_width of (R, dr)], latent and rotary key of each position of a page, rows of any format; pages:
+    int64 [B, m], those of each sequence; valid: bool [B, K], which of the positions with these ``indices`` (int64
+    [B, K]; None: the first K) count, of which there must be one. Returns [B, H, v].
     """
     if indices is None:
         indices = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
     size = entries.shape[1]
-    seen = entries[pages.gather(1, indices // size), indices % size].to(q.dtype)  # [B, K, R + dr]
+    rows = entries[pages.gather(1, indices // size), indices % size]
+    seen = decode_rows(rows, [expansions.shape[-1], q_rope.shape[-1]]).to(q.dtype)  # [B, K, R + dr]
     w_uk, w_uv = expansions.to(q.dtype).split([q.shape[-1], expansions.shape[1] - q.shape[-1]], dim=1)
     folded = torch.cat([torch.einsum("bhn,hnr->bhr", q, w_uk), q_rope], dim=-1)
     scores = at_least_float32(torch.einsum("bhe,bke->bhk", folded, seen)) * scale

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.ops.reference.norm import at_least_float32
+from fourfold.ops.reference.rows import decode_rows
 
 
 def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
@@ -64,17 +65,17 @@ def select_positions(
 ) -> Tensor:
     """:func:`select_topk` of :func:`index_scores` over cached pages, as positions.
 
-    q, weights: of :func:`index_scores`; keys: [P, page_size, D]; pages: int64 [B, m], those of each sequence; past:
-    int64 [B], positions before the first query; summaries: [P, page_size / size, D], then among the
-    :func:`candidate_keys` alone. Returns int64 [B, L, k], ascending, -1 after the last.
+    q, weights: of :func:`index_scores`; keys: [P, page_size, row_width of D], rows of any format; pages: int64 [B, m],
+    those of each sequence; past: int64 [B], positions before the first query; summaries: [P, page_size / size,
+    row_width of D], then among the :func:`candidate_keys` alone. Returns int64 [B, L, k], ascending, -1 after the last.
     """
-    rows = keys[pages].flatten(1, 2)
+    rows = decode_rows(keys[pages].flatten(1, 2), [q.shape[-1]])
     positions = past[:, None] + torch.arange(q.shape[1], device=q.device)
     number = torch.arange(rows.shape[1], device=q.device)
     visible = number <= positions[..., None]
     if summaries is not None:
         size = keys.shape[1] // summaries.shape[1]
-        means = summaries[pages].flatten(1, 2)
+        means = decode_rows(summaries[pages].flatten(1, 2), [q.shape[-1]])
         visible = visible & candidate_keys(q, means, weights, positions, size, blocks, len(number))
     chosen = select_topk(index_scores(q, rows, weights), visible, k)
     return chosen_positions(chosen, k)

@@ -15,10 +15,10 @@ LEAST = 16  # a tile's side that a matrix product needs
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Whether a twin may take these: no gradient is wanted, and nothing is double or empty."""
+    """Whether a twin may take these: no gradient is wanted, and nothing is double, empty or of rows with scales."""
     given = [t for t in tensors if t is not None]
-    wide = [t.dtype for t in given if t.is_floating_point() and t.itemsize > 1]  # codes of one byte come with scales
-    floating = all(dtype == torch.float32 or dtype in HALF for dtype in wide)
+    numbers = [t for t in given if t.is_floating_point() or t.dtype == torch.int8]
+    floating = all(t.dtype == torch.float32 or t.dtype in HALF for t in numbers)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     return floating and not learns and all(t.numel() for t in given)
 

@@ -29,7 +29,7 @@ def quantized_experts(
     shared: tuple[Quantized, Quantized, Quantized] | None = None,
 ) -> Tensor:
     """See :func:`fourfold.ops.reference.quantized_experts`."""
-    if gate_up.packed or down.packed or not fits(x, indices, weights, gate_up.codes, down.codes):
+    if gate_up.packed or down.packed or not fits(x, indices, weights, gate_up.scales, down.scales):
         return reference.quantized_experts(x, indices, weights, gate_up, down, limit, shared)
     out = _routed(x, indices, weights, gate_up, down, limit)
     if shared is not None:

@@ -65,7 +65,7 @@ def grouped(x: Tensor, rows: Tensor, matrices: Tensor, w: Tensor | Quantized) ->
 
 def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
     """See :func:`fourfold.ops.reference.quantized_linear`."""
-    if weight.packed or not fits(x, weight.codes, bias):
+    if weight.packed or not fits(x, weight.scales, bias):
         return reference.quantized_linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     tiles = triton.cdiv(len(flat), ROWS)

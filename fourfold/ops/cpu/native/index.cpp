@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "clones.h"
-#include "lanes.h"
+#include "rows.h"
 #include "team.h"
 
 namespace {
@@ -47,12 +47,18 @@ struct Best {
     }
 };
 
-// Rows of all pages, each of `width` numbers; row s of sequence b lies in page pages[b][s / per_page].
+// Rows of all pages, each of `width` numbers; row s of sequence b lies in page pages[b][s / per_page]. page_stride: in
+// elements of the format.
 struct Rows {
     const void* data;
-    bool half;
+    int format;
     const int64_t* pages;
     int64_t n_pages, page_stride, per_page, width;
+
+    const char* row(int64_t b, int64_t s) const {
+        return static_cast<const char*>(data) + pages[b * n_pages + s / per_page] * page_stride * item_bytes(format) +
+               s % per_page * row_bytes(format, width, 1);
+    }
 };
 
 // tile[i][j] becomes tile[j][i]: of each two rows d apart, two squares of side d change places
@@ -71,29 +77,38 @@ INLINE void transpose(Lanes tile[LANES]) {
     }
 }
 
-// Rows first .. first + n - 1 of sequence b, n <= CHUNK, as floats with a lane per row: to[i][s], i < width
-CLONES void lay_out(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
-    const int64_t wide = (rows.width + LANES - 1) / LANES * LANES;
-    for (int64_t s = 0; s < n; s += LANES)
-        for (int64_t i = 0; i < wide; i += LANES) {
+// As lay_out, of codes or numbers T
+template <class T> INLINE void lay_out_as(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
+    for (int64_t s = 0; s < n; s += LANES) {
+        const int64_t there = std::min<int64_t>(LANES, n - s);
+        const T* from[LANES];
+        float scale[LANES];
+        for (int64_t j = 0; j < there; j++) {
+            const char* row = rows.row(b, first + s + j);
+            scale[j] = scale_of(row, rows.format, 0);
+            from[j] = reinterpret_cast<const T*>(row + scale_bytes(rows.format, 1));
+        }
+        for (int64_t i = 0; i < rows.width; i += LANES) {
             Lanes tile[LANES] = {};
             const int64_t some = std::min<int64_t>(LANES, rows.width - i);
-            for (int64_t j = 0; j < std::min<int64_t>(LANES, n - s); j++) {
-                const int64_t number = first + s + j;
-                const int64_t at = rows.pages[b * rows.n_pages + number / rows.per_page] * rows.page_stride +
-                                   number % rows.per_page * rows.width + i;
-                if (some == LANES) {
-                    tile[j] = rows.half ? load(static_cast<const uint16_t*>(rows.data) + at)
-                                        : load(static_cast<const float*>(rows.data) + at);
-                    continue;
-                }
-                for (int64_t x = 0; x < some; x++)
-                    tile[j][x] = rows.half ? ::number(static_cast<const uint16_t*>(rows.data)[at + x])
-                                           : static_cast<const float*>(rows.data)[at + x];
+            for (int64_t j = 0; j < there; j++) {
+                tile[j] = load_some(from[j] + i, some);
+                if (sizeof(T) == 1) tile[j] *= scale[j];
             }
             transpose(tile);
             for (int64_t x = 0; x < some; x++) store(to + (i + x) * CHUNK + s, tile[x]);
         }
+    }
+}
+
+// Rows first .. first + n - 1 of sequence b, n <= CHUNK, as floats with a lane per row: to[i][s], i < width
+CLONES void lay_out(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
+    switch (rows.format) {
+        case FLOAT32: return lay_out_as<float>(rows, b, first, n, to);
+        case BFLOAT16: return lay_out_as<uint16_t>(rows, b, first, n, to);
+        case INT8: return lay_out_as<int8_t>(rows, b, first, n, to);
+        default: return lay_out_as<Fp8>(rows, b, first, n, to);
+    }
 }
 
 // total += weight[h] relu(q[h] . k) for HEADS heads and sixteen keys
@@ -122,16 +137,16 @@ CLONES void score_keys(const float* q, const float* weight, int64_t heads, int64
 
 }  // namespace
 
-// keys: rows of `width` numbers in pages, float or bfloat16; summaries: one such row for each `block` keys of a page,
+// keys: rows of `width` numbers in pages, in a format of rows.h; page_stride, summary_stride: in elements; summaries: one such row for each `block` keys of a page,
 // or null: every key is scored; past: int64 [batch], positions before the first query; blocks: how many a query may
 // look into, its own among them. q: float [batch, queries, heads, width]; weights: float [batch, queries, heads].
 // out: int64 [batch, queries, k], ascending positions, -1 after the last.
-extern "C" void ff_select_positions(const void* keys, const void* summaries, int half, const int64_t* pages,
+extern "C" void ff_select_positions(const void* keys, const void* summaries, int format, const int64_t* pages,
                                     int64_t n_pages, int64_t page_stride, int64_t summary_stride, int64_t page_size,
                                     int64_t block, int64_t blocks, const int64_t* past, const float* q, const float* weights,
                                     int64_t batch, int64_t queries, int64_t heads, int64_t width, int64_t k,
                                     int64_t* out, int threads) {
-    const Rows all{keys, half != 0, pages, n_pages, page_stride, page_size, width};
+    const Rows all{keys, format, pages, n_pages, page_stride, page_size, width};
     const int64_t tiles = (queries + TILE - 1) / TILE;
     in_parts(threads, int(batch * tiles), [&](int part) {
         const int64_t b = part / tiles, first = part % tiles * TILE, last = std::min(queries, first + TILE);
@@ -157,7 +172,7 @@ extern "C" void ff_select_positions(const void* keys, const void* summaries, int
         if (!summaries || own_block(last - 1) < blocks) {  // no block is left out
             stream(all, 0, visible(last - 1), first, last, best, visible);
         } else {
-            const Rows means{summaries, half != 0, pages, n_pages, summary_stride, page_size / block, width};
+            const Rows means{summaries, format, pages, n_pages, summary_stride, page_size / block, width};
             if (blocks > 1) stream(means, 0, own_block(last - 1), first, last, near, own_block);
             for (int64_t t = first; t < last; t++) {
                 near[t - first].sort_by_position();

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "clones.h"
-#include "lanes.h"
+#include "rows.h"
 #include "team.h"
 
 namespace {
@@ -18,16 +18,14 @@ constexpr int KEYS = 16, FOUR = 4;  // keys in a tile; heads, keys or vectors th
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// to[0 .. width - 1] = a row of bfloat16 or float
-CLONES void widen(const void* row, bool half, int64_t width, float* to) {
-    if (!half) {
-        std::memcpy(to, row, width * sizeof(float));
-        return;
+// to[0 .. width - 1] = the numbers of a part of a row times its scale
+CLONES void widen(const void* part, int format, float scale, int64_t width, float* to) {
+    switch (format) {
+        case FLOAT32: std::memcpy(to, part, width * sizeof(float)); return;
+        case BFLOAT16: return widen_as(static_cast<const uint16_t*>(part), 1.f, width, to);
+        case INT8: return widen_as(static_cast<const int8_t*>(part), scale, width, to);
+        default: return widen_as(static_cast<const Fp8*>(part), scale, width, to);
     }
-    const uint16_t* from = static_cast<const uint16_t*>(row);
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) store(to + i, load(from + i));
-    for (; i < width; i++) to[i] = number(from[i]);
 }
 
 // score[h][s] = q[h] . k[s]; heads a multiple of 4, keys [KEYS, width], width a multiple of LANES
@@ -132,16 +130,17 @@ CLONES void unfold(const void* w, bool half, int64_t first, const float* x, int6
 
 // q: float [batch, heads, nope] and [batch, heads, rope]; expansions: [heads, nope + v, latent], W_UK before W_UV, or
 // null: then q is [batch, heads, latent] already, and so is the output. Otherwise out: float [batch, heads, v].
-// Row number s of sequence b begins, in numbers, at keys + pages[b * pages_stride + s / page_size] * page_stride
-// + s % page_size * (latent + rope).
+// keys: in a format of rows.h. Row number s of sequence b begins at element pages[b * pages_stride + s / page_size] *
+// page_stride, and s % page_size rows of the two parts (latent, rope) after that.
 // indices: int64 [batch, count] of the rows to see, or null: 0 .. count - 1; valid: bool [batch, count] or null.
-extern "C" void ff_latent_attention(const void* keys, int half_keys, const int64_t* pages, int64_t pages_stride,
+extern "C" void ff_latent_attention(const void* keys, int format, const int64_t* pages, int64_t pages_stride,
                                     int64_t page_stride, int64_t page_size, const int64_t* indices,
                                     const uint8_t* valid, int64_t count, const float* q, const float* q_rope, const void* expansions, int half_expansions,
                                     int64_t batch, int64_t heads, int64_t nope, int64_t rope, int64_t v, int64_t latent,
                                     float scale, float* out, int threads) {
     const int64_t wide = up_to(latent, LANES), width = wide + up_to(rope, LANES), rows = up_to(heads, FOUR);
-    const int64_t chunks = std::max<int64_t>(1, (count + CHUNK - 1) / CHUNK), item = half_keys ? 2 : 4;
+    const int64_t chunks = std::max<int64_t>(1, (count + CHUNK - 1) / CHUNK), item = item_bytes(format);
+    const int64_t row_size = row_bytes(format, latent + rope, 2), codes = scale_bytes(format, 2);
     static thread_local std::vector<float> kept_queries, kept_partial, kept_most, kept_total;
     auto &queries = kept_queries, &partial = kept_partial, &most = kept_most, &total = kept_total;
     queries.assign(batch * rows * width, 0.f);
@@ -171,11 +170,11 @@ extern "C" void ff_latent_attention(const void* keys, int half_keys, const int64
             for (; s < last && there < KEYS; s++) {
                 if (valid && !valid[b * count + s]) continue;
                 const int64_t row = indices ? indices[b * count + s] : s;
-                const int64_t at = pages[b * pages_stride + row / page_size] * page_stride + row % page_size * (latent + rope);
-                const char* from = static_cast<const char*>(keys) + at * item;
+                const char* from = static_cast<const char*>(keys) + row % page_size * row_size +
+                                   pages[b * pages_stride + row / page_size] * page_stride * item;
                 float* to = tile.data() + there++ * width;
-                widen(from, half_keys, latent, to);
-                widen(from + latent * item, half_keys, rope, to + wide);
+                widen(from + codes, format, scale_of(from, format, 0), latent, to);
+                widen(from + codes + latent * item, format, scale_of(from, format, 1), rope, to + wide);
             }
             if (!there) continue;
             float *m = &most[part * rows], *l = &total[part * rows], *o = &partial[part * rows * wide];

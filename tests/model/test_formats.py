@@ -1,0 +1,59 @@
+"""Caches in every format: what comes out is what the rounded rows give, however they are read."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fourfold import ops
+from fourfold.model.cache import Cache, layout
+from tests.model import tiny
+from tests.model.test_cache import SPARSE
+
+SCALED = [torch.int8, torch.float8_e4m3fn]
+SHAPES = {
+    "dense": {},
+    "gqa": {"attention.kind": "gqa"},
+    "flat": SPARSE,
+    "two levels": SPARSE | {"indexer.block_size": 2, "indexer.candidate_blocks": 3},
+    "compressed": tiny.COMPRESSED,
+}
+
+
+def documents(seed):
+    rng = random.Random(seed)
+    batch = [tiny.text(n, seed=n) for n in (33, 20, 1)]
+    return batch, [tiny.random_chunks(len(d), rng) for d in batch]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", SCALED, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_format_gives_what_its_decoded_rows_give(shape, dtype, monkeypatch):
+    """To the last bit: the same pages in float32, each row rounded as the format rounds it."""
+    made = tiny.model(tiny.config(**SHAPES[shape]))
+    batch, chunks = documents(1)
+    size = 2 * layout(made.cfg).multiple
+    got = tiny.decode(made, batch, chunks, size, dtype=dtype)
+
+    def rounded(self, name, values):
+        parts = self.pool.layout.slots[name].parts
+        return ops.decode_rows(ops.encode_rows(values, parts, dtype), parts)
+
+    monkeypatch.setattr(Cache, "_encoded", rounded)
+    for one, wanted in zip(got, tiny.decode(made, batch, chunks, size), strict=True):
+        assert torch.equal(one, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *SCALED], ids=str)
+@pytest.mark.parametrize("shape", ["dense", "gqa", "compressed"])
+def test_rounded_rows_give_nearly_the_same_answer(shape, dtype):
+    made = tiny.model(tiny.config(**SHAPES[shape] | {"indexer.mode": "off"}))
+    batch, chunks = documents(2)
+    got = torch.cat(tiny.decode(made, batch, chunks, 2 * layout(made.cfg).multiple, dtype=dtype))
+    wanted = torch.cat([tiny.logits(made, d) for d in batch])
+    error = (got - wanted).abs().mean() / wanted.std()
+    assert 0 < error < {torch.float8_e4m3fn: 0.05}.get(dtype, 0.02)
