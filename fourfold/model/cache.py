@@ -248,6 +248,8 @@ class Cache:
 
     def __init__(self, pool: PagePool, states: list[SequenceState]) -> None:
         self.pool, self.states = pool, states
+        self._tails: Tensor | None = None
+        self._new_tails: Tensor | None = None
 
     def begin(self, lengths: list[int]) -> None:
         """Fixes where the new positions go; called by the model with the length of each document.
@@ -270,10 +272,28 @@ class Cache:
             dtype=torch.int64,
             device=device,
         )
-        if width := self.pool.layout.tail_width:
-            fresh = torch.zeros(width, device=device)
-            self._tails = torch.stack([fresh if s.tail is None else s.tail for s in self.states])
-            self._new_tails = self._tails.clone()
+        self._tails = self._new_tails = None
+
+    @property
+    def single(self) -> bool:
+        """Whether every sequence has one new position."""
+        return all(n == 1 for n in self._lengths)
+
+    @property
+    def tables(self) -> Tensor:
+        """int64 [N, m]: the pages of each sequence; a shorter one is filled up with other pages."""
+        return self._tables
+
+    def tails(self) -> list[Tensor]:
+        """float32 [tail_width] of each sequence before the new positions, zeros where there are none."""
+        width, device = self.pool.layout.tail_width, self.pool.data.device
+        return [torch.zeros(width, device=device) if s.tail is None else s.tail for s in self.states]
+
+    def replace_tails(self) -> Tensor:
+        """float32 [N, tail_width]: what all tails will be, for the caller to fill."""
+        shape = len(self.states), self.pool.layout.tail_width
+        self._new_tails = torch.empty(shape, device=self.pool.data.device)
+        return self._new_tails
 
     def write(self, name: str, values: Tensor) -> None:
         """Stores ``values`` [T, w] of the new positions in a slot of ratio 1."""
@@ -327,11 +347,19 @@ class Cache:
     def tail(self, name: str, sequences: Tensor) -> Tensor:
         """float32 [B, rows, width]: what ``keep`` stored for ``sequences`` [B], zeros where nothing was."""
         t = self.pool.layout.tails[name]
-        return self._tails[sequences, t.start : t.start + t.rows * t.width].unflatten(1, (t.rows, t.width))
+        return self._before()[sequences, t.start : t.start + t.rows * t.width].unflatten(1, (t.rows, t.width))
+
+    def _before(self) -> Tensor:
+        """float32 [N, tail_width], stacked once a forward, where it is wanted."""
+        if self._tails is None:
+            self._tails = torch.stack(self.tails())
+        return self._tails
 
     def keep(self, name: str, sequences: Tensor, values: Tensor) -> None:
         """What ``tail`` will give from the next forward on. values: [B, rows, width]."""
         t = self.pool.layout.tails[name]
+        if self._new_tails is None:
+            self._new_tails = self._before().clone()
         self._new_tails[sequences, t.start : t.start + t.rows * t.width] = values.detach().float().flatten(1)
 
     def history(self, sequence: int, n: int) -> list[int]:
@@ -343,5 +371,5 @@ class Cache:
         for number, (state, n, ids) in enumerate(zip(self.states, self._lengths, tokens, strict=True)):
             state.length += n
             state.history += ids
-            if self.pool.layout.tail_width:
+            if self._new_tails is not None:
                 state.tail = self._new_tails[number]

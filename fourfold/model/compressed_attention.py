@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import ModelConfig
-from fourfold.model.compressor import Compressor, gather_entries, visible_entries
+from fourfold.model.compressor import Compressor, gather_entries
 from fourfold.model.context import Context, Selection, Window, join
 from fourfold.model.indexer import EntryIndexer, index_loss, index_recall
 from fourfold.model.linear import Linear
@@ -43,17 +43,14 @@ class SharedKVAttention(nn.Module):
 
         kv: [T, D]. W is 0 without a cache, else what the tail holds.
         """
-        keys, reach = window.take(kv), self.cfg.sliding_window
-        kept = 0
+        keys, kept = window.take(kv), 0
         if ctx.cache is not None and window.sequences is not None:
             name = f"layers.{self.layer}.window"
             before = ctx.cache.tail(name, window.sequences).to(keys.dtype)
             kept = before.shape[1]
             keys = torch.cat([before, keys], dim=1)
             ctx.cache.keep(name, window.sequences, keys[:, keys.shape[1] - kept :])
-        place = torch.arange(keys.shape[1], device=kv.device) - kept + window.past[:, None]  # [B, W + L]
-        back = window.positions[..., None] - place[:, None]
-        return keys, (back >= 0) & (back < reach) & (place >= 0)[:, None]
+        return keys, window.recent(kept, self.cfg.sliding_window)
 
     def attend(self, q: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         """q: [B, L, H, D]; keys: [B, S, D], values too. Returns [B, L, H, D]."""
@@ -114,7 +111,7 @@ class CompressedAttention(SharedKVAttention):
                 entries = self.compressor(projected, window, ctx)
                 values = rotary.turn_at(entries.values, entries.numbers * self.ratio).to(kv.dtype)
                 older = gather_entries(entries, values, f"layers.{self.layer}.kv", window, self.ratio, ctx)
-                seen = visible_entries(window, self.ratio)
+                seen = window.entries(self.ratio)
                 if selection is not None:
                     seen = self.selected(q_rows, older, seen, selection, number, ctx)
                 keys, visible = torch.cat([keys, older], dim=1), torch.cat([visible, seen], dim=-1)

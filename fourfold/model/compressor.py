@@ -99,9 +99,3 @@ def gather_entries(entries: Entries, values: Tensor, slot: str, window: Window, 
         sequences = window.sequences[:, None].expand_as(entries.numbers)[entries.done]
         ctx.cache.write_entries(slot, values[entries.done], sequences, entries.numbers[entries.done])
     return ctx.cache.read(slot, window.sequences, count).to(values.dtype)
-
-
-def visible_entries(window: Window, ratio: int) -> Tensor:
-    """bool [B, L, n]: a query sees the entries whose positions all lie at or before it."""
-    numbers = torch.arange(window.length // ratio, device=window.rows.device)
-    return numbers < (window.positions[..., None] + 1) // ratio

@@ -21,7 +21,7 @@ class Window:
 
     rows: int64 [B, L] on the packed axis; past: int64 [B], positions before the first row; sequences: int64 [B]
     when the past comes from the cache, else None; ids: int64 [B, L] where a row of the batch holds several
-    sequences, else None; whole: whether the rows are all positions in their order.
+    sequences, else None; whole: whether the rows are all positions in their order; made: masks that layers share.
     """
 
     rows: Tensor
@@ -29,6 +29,7 @@ class Window:
     sequences: Tensor | None = None
     ids: Tensor | None = None
     whole: bool = False
+    made: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def take(self, x: Tensor) -> Tensor:
         """The rows of x [T, ...] as [B, L, ...]."""
@@ -49,6 +50,23 @@ class Window:
         """bool [B, L, S]: each query sees its own past and itself."""
         causal = torch.arange(self.length, device=self.rows.device) <= self.positions[..., None]
         return causal if self.ids is None else causal & (self.ids[:, :, None] == self.ids[:, None, :])
+
+    def recent(self, kept: int, reach: int) -> Tensor:
+        """bool [B, L, kept + L]: the last ``reach`` positions of a query, among ``kept`` of its past and its group."""
+        if (kept, reach) not in self.made:
+            positions = self.positions.int()
+            number = torch.arange(kept + self.rows.shape[1], device=self.rows.device, dtype=torch.int32)
+            place = (number + (self.past.int()[:, None] - kept))[:, None]  # [B, 1, kept + L]
+            newest, oldest = positions[..., None], (positions - reach).clamp_min(-1)[..., None]
+            self.made[kept, reach] = (place <= newest) & (place > oldest)
+        return self.made[kept, reach]
+
+    def entries(self, ratio: int) -> Tensor:
+        """bool [B, L, n]: a query sees the entries whose positions all lie at or before it."""
+        if (ratio,) not in self.made:
+            numbers = torch.arange(self.length // ratio, device=self.rows.device)
+            self.made[ratio,] = numbers < (self.positions[..., None] + 1) // ratio
+        return self.made[ratio,]
 
 
 @dataclass
@@ -85,19 +103,29 @@ class SharedEntries:
 
 @dataclass
 class Rotary:
-    """Rotary tables of the packed positions, cos and sin float32 [T, dim/2], and of any others on demand."""
+    """Rotary tables of the packed positions, and of any others; made where they are wanted."""
 
-    frequencies: Tensor
-    factor: float
-    cos: Tensor
-    sin: Tensor
+    positions: Tensor
+    dim: int
+    rope: RopeConfig
 
-    @staticmethod
-    def of(positions: Tensor, dim: int, rope: RopeConfig) -> Rotary:
-        frequencies = ops.rope_frequencies(dim, rope).to(positions.device)
-        return Rotary(
-            frequencies, rope.attention_factor, *ops.rope_tables(positions, frequencies, rope.attention_factor)
-        )
+    @cached_property
+    def frequencies(self) -> Tensor:
+        return ops.rope_frequencies(self.dim, self.rope).to(self.positions.device)
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return ops.rope_tables(self.positions, self.frequencies, self.rope.attention_factor)
+
+    @property
+    def cos(self) -> Tensor:
+        """float32 [T, dim/2]."""
+        return self.tables[0]
+
+    @property
+    def sin(self) -> Tensor:
+        """float32 [T, dim/2]."""
+        return self.tables[1]
 
     def turn(self, x: Tensor, back: bool = False) -> Tensor:
         """The last dimensions of x [T, ..., D] turned by their positions, or ``back``, as interleaved pairs."""
@@ -105,7 +133,7 @@ class Rotary:
 
     def turn_at(self, x: Tensor, positions: Tensor) -> Tensor:
         """The last dimensions of x [..., D] turned by ``positions`` [...]."""
-        cos, sin = ops.rope_tables(positions.flatten(), self.frequencies, self.factor)
+        cos, sin = ops.rope_tables(positions.flatten(), self.frequencies, self.rope.attention_factor)
         return self._turn(x.flatten(0, -2), cos, sin).view_as(x)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -118,23 +146,29 @@ class Context:
     """One forward pass.
 
     ``selection`` is set by the layer that owns an indexer and read by its group, as ``shared`` by a source of entries;
-    ``read_weights`` [T, n] by a site of the single-pass residual for the next one, None before the first.
+    ``read_weights`` [T, n] by a site of the single-pass residual for the next one, None before the first;
+    ``decoding`` by the model where all layers of a step are one call.
     """
 
     packed: Packed
-    windows: list[Window]
     rotary: Rotary
     compress_rotary: Rotary
     cache: Cache | None = None
     probe: Probe | None = None
+    by_sequence: bool = False  # whether windows are never rows of a batch
     balance: bool = False  # whether the sequence-wise balance loss is wanted
     selection: Selection | None = None
     shared: SharedEntries | None = None
     read_weights: Tensor | None = None
+    decoding: ops.DecodeState | None = None
     index_losses: list[Tensor] = field(default_factory=list)
     index_recalls: list[Tensor] = field(default_factory=list)
     loads: dict[str, Tensor] = field(default_factory=dict)
     balance_losses: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        return windows(self.packed, self.cache, self.by_sequence)
 
 
 def join(windows: list[Window], parts: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.compressed_attention import SharedKVAttention
-from fourfold.model.compressor import Compressor, gather_entries, visible_entries
+from fourfold.model.compressor import Compressor, gather_entries
 from fourfold.model.context import Context, Selection, SharedEntries, join
 from fourfold.model.indexer import index_queries
 from fourfold.model.linear import Linear
@@ -49,7 +49,7 @@ class SharedIndexer(nn.Module):
             q = ctx.compress_rotary.turn(q)
             for number, window in enumerate(ctx.windows):
                 scores = ops.index_scores(window.take(q), shared.keys[number], window.take(weights))
-                seen = visible_entries(window, a.compress_ratios[self.layer])
+                seen = window.entries(a.compress_ratios[self.layer])
                 selection.scores.append(scores)
                 allowed = seen & shared.candidates[number] if shared.candidates else seen
                 selection.chosen.append(ops.select_topk(scores.detach(), allowed, self.cfg.topk))
@@ -102,7 +102,7 @@ class CSA2(SharedKVAttention):
             q_rows = window.take(q)
             keys, visible = self.window_keys(kv, window, ctx)
             if self.ratio and ctx.shared is not None:
-                older, seen = ctx.shared.values[number], visible_entries(window, self.ratio)
+                older, seen = ctx.shared.values[number], window.entries(self.ratio)
                 if ctx.selection is not None:
                     seen = self.selected(q_rows, older, seen, ctx.selection, number, ctx)
                 keys, visible = torch.cat([keys, older], dim=1), torch.cat([visible, seen], dim=-1)

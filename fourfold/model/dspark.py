@@ -91,7 +91,7 @@ class Drafter(nn.Module):
         features: [T, targets * d], the trunk's of ``positions`` int64 [T].
         """
         main = self.main_norm(self.main_proj(features))
-        rotary = Rotary.of(positions, self.cfg.attention.rope_dim, self.cfg.rope)
+        rotary = Rotary(positions, self.cfg.attention.rope_dim, self.cfg.rope)
         return torch.stack([block.self_attn.keys(main, rotary) for block in self._blocks()], dim=1)
 
     def draft(
@@ -142,8 +142,8 @@ class Drafter(nn.Module):
         zeros = torch.zeros_like(positions)
         bounds = torch.arange(batch + 1, device=device) * length
         packed = Packed(tokens.flatten(), positions, zeros, zeros, torch.full_like(zeros, IGNORE), bounds)
-        rotary = Rotary.of(positions, self.cfg.attention.rope_dim, self.cfg.rope)
-        return Context(packed, [], rotary, rotary)
+        rotary = Rotary(positions, self.cfg.attention.rope_dim, self.cfg.rope)
+        return Context(packed, rotary, rotary)
 
 
 def draft_config(cfg: ModelConfig) -> ModelConfig:

@@ -65,6 +65,8 @@ class MediaEmbedder(nn.Module):
 
         Raises ValueError for a modality that this model does not have, and for a cut image where it has a tower.
         """
+        if packed.all_text:
+            return rows
         present = {MODALITIES[m] for m in packed.modality.unique().tolist() if m != TEXT}
         if missing := present - set(self.modalities):
             raise ValueError(f"modality: this model does not read {', '.join(sorted(missing))}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import IndexerConfig, ModelConfig
-from fourfold.model.compressor import Compressor, gather_entries, visible_entries
+from fourfold.model.compressor import Compressor, gather_entries
 from fourfold.model.context import Context, Selection, Window
 
 
@@ -112,7 +112,7 @@ class EntryIndexer(nn.Module):
                 keys = gather_entries(entries, values, self.slot, window, self.ratio, ctx)
                 scores = ops.index_scores(q[window.rows], keys, weights[window.rows])
                 selection.scores.append(scores)
-                seen = visible_entries(window, self.ratio)
+                seen = window.entries(self.ratio)
                 selection.chosen.append(ops.select_topk(scores.detach(), seen, self.cfg.topk))
             return selection
 

@@ -52,16 +52,17 @@ class HyperConnection(nn.Module):
         """streams: [T, n, d]; f: [T, d] -> [T, d]."""
         cfg = self.cfg
         with ops.float32_island(streams):
+            wide = ops.at_least_float32(streams)  # once for all three
             maps = (self.fn, self.base, self.scale, cfg.kind != "hc", cfg.hc_sinkhorn_iters, cfg.hc_eps, self.norm_eps)
-            pre, post, comb = ops.hyper_maps(streams, *maps)
+            pre, post, comb = ops.hyper_maps(wide, *maps)
             if cfg.kind == "mhc_single_pass":
                 pre, ctx.read_weights = first_stream(pre) if ctx.read_weights is None else ctx.read_weights, pre
-            x = ops.read_streams(streams, pre)
+            x = ops.read_streams(wide, pre).to(streams.dtype)
         if ctx.probe is not None:
             ctx.probe.stream_maps[self.site] = comb.detach()
         y = f(x)
         with ops.float32_island(streams):
-            out: Tensor = ops.mix_streams(streams, y, post, comb)
+            out: Tensor = ops.mix_streams(wide, y, post, comb).to(streams.dtype)
         return out
 
 
@@ -109,11 +110,8 @@ class StreamCollapse(nn.Module):
     def forward(self, streams: Tensor, ctx: Context) -> Tensor:
         """streams: [T, n, d]. Returns [T, d]."""
         with ops.float32_island(streams):
-            flat = ops.at_least_float32(streams).flatten(1)
-            mixed = (flat @ self.fn.T.to(flat.dtype)) * torch.rsqrt(
-                flat.square().mean(-1, keepdim=True) + self.norm_eps
-            )
-            out: Tensor = ops.read_streams(streams, (mixed * self.scale + self.base).sigmoid() + self.eps)
+            parameters = self.fn, self.base, self.scale, self.eps, self.norm_eps
+            out: Tensor = ops.collapse_streams(streams, *parameters)
             return out
 
 

@@ -106,6 +106,11 @@ class Packed:
         return len(self.tokens)
 
     @cached_property
+    def all_text(self) -> bool:
+        """Whether every position is text."""
+        return not bool(self.modality.any())  # TEXT is 0
+
+    @cached_property
     def sequence_ids(self) -> Tensor:
         """int64 [T]: the number of the sequence each position belongs to."""
         lengths = self.cu_seqlens.diff()

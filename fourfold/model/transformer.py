@@ -6,6 +6,7 @@ Axes in comments: T packed positions, n residual streams, d hidden size, V vocab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from fourfold.config import ModelConfig
 from fourfold.model.block import Block
 from fourfold.model.cache import Cache
 from fourfold.model.compressed_attention import SharedKVAttention
-from fourfold.model.context import Context, Rotary, windows
+from fourfold.model.context import Context, Rotary
+from fourfold.model.decode import decoder
 from fourfold.model.dspark import Drafter
 from fourfold.model.embedders import MediaEmbedder
 from fourfold.model.engram import Engram, TokenCompression
@@ -127,12 +129,18 @@ class Model(nn.Module):
         grams = self.compression(ctx) if self.compression is not None else None
         targets = self.cfg.drafter.target_layer_ids if features else ()
         collected: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.layers):
-            if grams is not None and str(layer) in self.engrams:
-                streams = self.engrams[str(layer)](streams, grams, ctx)
-            if layer in targets:
-                collected[layer] = streams.mean(1)
-            streams = block(streams, ctx)
+        decode = decoder(self.layers, self.cfg, ctx)
+        stops = sorted({0, len(self.layers), *targets, *map(int, self.engrams)})
+        for first, last in pairwise(stops):
+            if grams is not None and str(first) in self.engrams:
+                streams = self.engrams[str(first)](streams, grams, ctx)
+            if first in targets:
+                collected[first] = streams.mean(1)
+            if decode is not None:
+                streams = decode(streams, first, last, ctx)
+                continue
+            for block in self.layers[first:last]:
+                streams = block(streams, ctx)
         mtp_logits = self._mtp_logits(streams, ctx) if mtp and self.mtp is not None else None
         if cache is not None:
             cache.commit(self._history(packed))
@@ -172,15 +180,17 @@ class Model(nn.Module):
 
     def context(self, packed: Packed, cache: Cache | None, probe: Probe | None) -> Context:
         cfg = self.cfg
-        if len(packed) and int(packed.positions.max()) >= cfg.max_position_embeddings:
-            length = int(packed.positions.max()) + 1
+        if len(packed) and (length := int(packed.positions.max()) + 1) > cfg.max_position_embeddings:
             raise ValueError(f"positions: {length} exceed max_position_embeddings ({cfg.max_position_embeddings})")
         if cache is not None:
             cache.begin(packed.cu_seqlens.diff().tolist())
         a = cfg.attention
-        rotary = Rotary.of(packed.positions, a.rope_dim, cfg.rope)
-        compress = Rotary.of(packed.positions, a.rope_dim, cfg.compress_rope) if a.is_compressed else rotary
-        return Context(packed, windows(packed, cache, a.is_compressed), rotary, compress, cache, probe)
+        rotary = Rotary(packed.positions, a.rope_dim, cfg.rope)
+        compress = Rotary(packed.positions, a.rope_dim, cfg.compress_rope) if a.is_compressed else rotary
+        ctx = Context(packed, rotary, compress, cache, probe, by_sequence=a.is_compressed)
+        if cache is None:  # now, not within a layer that is computed again for its gradient
+            _ = ctx.windows, rotary.tables, compress.tables
+        return ctx
 
     def _mtp_logits(self, streams: Tensor, ctx: Context) -> Tensor:
         assert self.mtp is not None
@@ -192,8 +202,8 @@ class Model(nn.Module):
 
     @staticmethod
     def _history(packed: Packed) -> list[list[int]]:
-        ids = torch.where(packed.modality == TEXT, packed.tokens, -1).tolist()
-        bounds = packed.cu_seqlens.tolist()
+        tokens = packed.tokens if packed.all_text else torch.where(packed.modality == TEXT, packed.tokens, -1)
+        ids, bounds = tokens.tolist(), packed.cu_seqlens.tolist()
         return [ids[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 

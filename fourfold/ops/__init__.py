@@ -23,6 +23,8 @@ TWINS: dict[str, tuple[str, ...]] = {
         "apply_rope",
         "attention",
         "attention_mass",
+        "collapse_streams",
+        "decode_layers",
         "decode_rows",
         "encode_rows",
         "experts",
@@ -92,6 +94,8 @@ def _dispatched(name: str) -> Callable[..., Any]:
 
 attention = _dispatched("attention")
 attention_mass = _dispatched("attention_mass")
+collapse_streams = _dispatched("collapse_streams")
+decode_layers = _dispatched("decode_layers")
 linear = _dispatched("linear")
 experts = _dispatched("experts")
 index_scores = _dispatched("index_scores")
@@ -112,7 +116,12 @@ quantized_linear = _dispatched("quantized_linear")
 
 from fourfold.ops.reference import (  # noqa: E402
     FP8_BLOCK,
+    DecodeLayer,
+    DecodeLayers,
+    DecodeState,
+    Pooling,
     Quantized,
+    Site,
     attention_probs,
     block_counts,
     block_means,
@@ -147,9 +156,14 @@ from fourfold.ops.reference import (  # noqa: E402
 from fourfold.ops.reference.rows import ROW_FORMATS  # noqa: E402
 
 __all__ = [
+    "DecodeLayer",
+    "DecodeLayers",
+    "DecodeState",
     "FP8_BLOCK",
+    "Pooling",
     "Quantized",
     "ROW_FORMATS",
+    "Site",
     "TWINS",
     "apply_rope",
     "at_least_float32",
@@ -160,8 +174,10 @@ __all__ = [
     "block_means",
     "candidate_keys",
     "chosen_positions",
+    "collapse_streams",
     "decode_rows",
     "compute_dtype",
+    "decode_layers",
     "dequantize_fp4",
     "dequantize_fp8",
     "dequantize_int4",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fourfold.model.sequence import IGNORE, MODALITIES, TEXT, Document, Packed, join_patches
+from fourfold.model.sequence import IGNORE, MODALITIES, Document, Packed, join_patches
 
 Chunk = list[int] | Document  # text that was generated, or positions of any kind
 
@@ -24,8 +24,7 @@ def pack_step(chunks: list[Chunk], starts: list[int]) -> Packed:
     positions = torch.tensor(
         [p for start, length in zip(starts, lengths, strict=True) for p in range(start, start + length)]
     )
-    modality, marks = torch.full((total,), TEXT), torch.zeros(total, dtype=torch.int64)
-    targets = torch.zeros(total, dtype=torch.int64)
+    modality, marks, targets = torch.zeros(3, total, dtype=torch.int64)  # TEXT and NO_MARK are 0
     patches = {}
     documents = [(n, chunk) for n, chunk in enumerate(chunks) if isinstance(chunk, Document)]
     if documents:

@@ -18,10 +18,12 @@ from fourfold.ops.cpu.experts import FEW, STEP
 from fourfold.ops.cpu.linear import LONG as MANY
 from fourfold.ops.cpu.norm import FEW as FEW_ROWS
 from fourfold.ops.cpu.rope import FEW as FEW_NUMBERS
+from fourfold.ops.cpu.streams import FEW as FEW_STREAMS
 from fourfold.ops.cpu.streams import LONG
 
 QUANTIZED = {n for n in reference.__all__ if getattr(getattr(reference, n), "__module__", "").endswith(".quantized")}
-TWINS = [("cpu", name) for name in ops.TWINS["cpu"] if name not in QUANTIZED]  # those in Triton: see test_triton
+ELSEWHERE = QUANTIZED | {"decode_layers"}  # see test_native and test_decode, for those in Triton test_triton
+TWINS = [("cpu", name) for name in ops.TWINS["cpu"] if name not in ELSEWHERE]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 4e-2}  # of the largest number expected
 SIZES = ["empty", "one", "small", "odd", "below", "at", "above"]  # the last three: of the twins' thresholds
@@ -234,10 +236,17 @@ def select_positions_case(size: str, dtype: torch.dtype, rng: random.Random) -> 
     )
 
 
+def collapse_streams_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    tokens, n, d = length(size, rng, FEW_STREAMS + 1), rng.choice([1, 2, 4, 9]), width(size, rng)
+    shapes = (tokens, n, d), (n, n * d), (n,), (1,)
+    return Case([*(torch.randn(s, dtype=dtype) for s in shapes), 1e-6, 1e-6], [0, 1, 2, 3])
+
+
 CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
     "apply_rope": apply_rope_case,
     "attention": attention_case,
     "attention_mass": attention_mass_case,
+    "collapse_streams": collapse_streams_case,
     "decode_rows": decode_rows_case,
     "encode_rows": encode_rows_case,
     "experts": experts_case,

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
+from fourfold.ops.cpu import native
+from fourfold.ops.cpu.threads import team
 from fourfold.ops.reference.norm import compute_dtype
 
 LONG = 256  # rows from which it pays: each new shape costs oneDNN a fraction of a millisecond
+FEW = 8  # rows: a weight is then read at the speed of memory, and what torch does around it takes as long
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -43,10 +46,26 @@ class _Linear(torch.autograd.Function):
         return dx, product(g.T, x.T) if ctx.needs_input_grad[1] else None
 
 
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """The compiled kernels, if they can take a few rows of these."""
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or bias is not None:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not weight.is_contiguous() or not x.numel():
+        return None
+    return native.library()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`fourfold.ops.reference.linear`."""
+    if x.numel() <= FEW * x.shape[-1] and (library := _compiled(x, weight, bias)):
+        rows = x.detach().float().contiguous()
+        out = torch.empty(*x.shape[:-1], len(weight))
+        half, where = weight.dtype == torch.bfloat16, weight.data_ptr()
+        count = rows.numel() // x.shape[-1]
+        library.ff_linear(where, half, *weight.shape, rows.data_ptr(), count, out.data_ptr(), team())
+        return out.to(x.dtype)
     single = x.dtype == weight.dtype == compute_dtype(x) == torch.float32
     if not single or x.numel() < LONG * x.shape[-1]:
         return reference.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
+    out = _Linear.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias

@@ -11,6 +11,7 @@ from torch import Tensor
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.quantized import route
+from fourfold.ops.cpu.threads import team
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}  # as in native/rows.h
 
@@ -30,7 +31,7 @@ def encode_rows(x: Tensor, parts: Sequence[int], dtype: torch.dtype) -> Tensor:
         len(parts),
         FORMATS[dtype],
         rows.data_ptr(),
-        torch.get_num_threads(),
+        team(),
     )
     return rows if fine else reference.encode_rows(x, parts, dtype)  # which says what is wrong
 
@@ -50,6 +51,6 @@ def decode_rows(rows: Tensor, parts: Sequence[int]) -> Tensor:
         len(parts),
         FORMATS[rows.dtype],
         out.data_ptr(),
-        torch.get_num_threads(),
+        team(),
     )
     return out

@@ -189,3 +189,14 @@ def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         return reference.mix_streams(x, y, post, comb)
     learnt: Tensor = _apply(_Mix, x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())
     return learnt
+
+
+def collapse_streams(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """See :func:`fourfold.ops.reference.collapse_streams`."""
+    library = _compiled(x, fn, base, scale)
+    if library is None or len(x) > FEW:
+        return reference.collapse_streams(x, fn, base, scale, eps, norm_eps)
+    inputs = _wide(x, fn, base, scale)
+    out = inputs[0].new_empty(len(x), x.shape[2])
+    library.ff_collapse_streams(*(t.data_ptr() for t in inputs), *x.shape, eps, norm_eps, out.data_ptr())
+    return out.to(x.dtype)

@@ -21,6 +21,7 @@ from fourfold.ops.reference.blocks import (
     simulate_fp8,
     unpack_nibbles,
 )
+from fourfold.ops.reference.decode import DecodeLayer, DecodeLayers, DecodeState, Pooling, Site, decode_layers
 from fourfold.ops.reference.experts import experts, swiglu
 from fourfold.ops.reference.index import (
     block_means,
@@ -44,11 +45,16 @@ from fourfold.ops.reference.quantized import (
 from fourfold.ops.reference.rope import apply_rope, rope_frequencies, rope_tables, yarn_mscale
 from fourfold.ops.reference.rows import decode_rows, encode_rows, has_scales, row_width
 from fourfold.ops.reference.sinkhorn import sinkhorn
-from fourfold.ops.reference.streams import hyper_maps, mix_streams, read_streams
+from fourfold.ops.reference.streams import collapse_streams, hyper_maps, mix_streams, read_streams
 
 __all__ = [
+    "DecodeLayer",
+    "DecodeLayers",
+    "DecodeState",
     "FP8_BLOCK",
+    "Pooling",
     "Quantized",
+    "Site",
     "apply_rope",
     "attention",
     "attention_mass",
@@ -57,6 +63,8 @@ __all__ = [
     "block_means",
     "candidate_keys",
     "chosen_positions",
+    "collapse_streams",
+    "decode_layers",
     "decode_rows",
     "dequantize_fp4",
     "dequantize_fp8",

@@ -47,3 +47,11 @@ def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """``x'_k = post_k y + sum_j comb[j, k] x_j``. x: [T, n, d]; y: [T, d]; post: [T, n]; comb: [T, n, n]."""
     mixed = (comb[..., None] * x[:, :, None]).sum(1)
     return (post[..., None] * y[:, None] + mixed).to(x.dtype)
+
+
+def collapse_streams(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """The gated sum of all streams before the final norm. x: [T, n, d]; fn: [n, n d]; base: [n]; scale: [1].
+    Returns [T, d]."""
+    flat = at_least_float32(x).flatten(1)
+    mixed = (flat @ fn.T.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    return read_streams(x, (mixed * scale + base).sigmoid() + eps)

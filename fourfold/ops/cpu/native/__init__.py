@@ -16,6 +16,8 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ff_matmul": (None, (_int, _long, _at, _at, _long, _long, _at, _long, _at, _int)),
     "ff_experts": (None, (_int, _long, _at, _long, _at, _long, _long, _at, _at, _long, _float, _at, _int, _int)),
     "ff_plain_experts": (None, (_int, *[_at] * 3, *[_long] * 3, _at, _at, _long, _float, _at, _int)),
+    "ff_linear": (None, (_at, _int, _long, _long, _at, _long, _at, _int)),
+    "ff_decode_layers": (None, (_at, _long, *[_at] * 5)),
     "ff_rms_norm": (None, (_at, _at, _at, _at, _long, _long, _float)),
     "ff_latent_attention": (
         None,
@@ -26,6 +28,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ff_decode_rows": (None, (_at, _long, _at, _long, _int, _at, _int)),
     "ff_rope": (None, (*[_at] * 4, *[_long] * 5, _int)),
     "ff_hyper_maps": (None, (*[_at] * 5, _long, _int, _long, _int, _float, _float, *[_at] * 3, _int)),
+    "ff_collapse_streams": (None, (*[_at] * 4, _long, _int, _long, _float, _float, _at)),
     "ff_read_streams": (None, (_at, _at, _long, _int, _long, _at, _int)),
     "ff_mix_streams": (None, (*[_at] * 4, _long, _int, _long, _at, _int)),
     "ff_read_bandwidth": (ctypes.c_double, (_at, _long, _int)),

@@ -194,25 +194,26 @@ extern "C" void ff_attention(const float* q, const float* k, const float* v, con
                              int64_t visible_batch, int64_t visible_row, const float* sinks, float* out, float* logs,
                              int64_t batch, int64_t L, int64_t S, int64_t heads, int64_t groups, int64_t d, int64_t dv,
                              float scale, int threads) {
-    const int64_t blocks = (L + BLOCK - 1) / BLOCK;
-    in_parts(threads, int(batch * heads * blocks), [&](int part) {
+    const int64_t blocks = (L + BLOCK - 1) / BLOCK, share = heads / groups;
+    in_parts(threads, int(batch * groups * blocks), [&](int part) {
         Block& block = scratch();
-        const int64_t b = part / (heads * blocks), h = part / blocks % heads, g = h / (heads / groups);
-        const Head queries(q, L, heads, d, b, h), keys(k, S, groups, d, b, g), values(v, S, groups, dv, b, g);
+        const int64_t b = part / (groups * blocks), g = part / blocks % groups, width = up_to(dv, LANES);
+        const Head keys(k, S, groups, d, b, g), values(v, S, groups, dv, b, g);
         look(block, visible + b * visible_batch, visible_row, part % blocks * BLOCK, L, S);
-        copy_rows(queries, block, block.query);
         pack_columns(keys, block.keys, block.columns, block.key_columns);
-        multiply(block.query.data(), d, 1, block.key_columns.data(), block.rows, block.columns, d, block.scores.data(),
-                 block.width);
-        for (int64_t i = 0; i < block.count; i++)
-            logs[(b * L + block.first + i) * heads + h] = softmax(block.scores.data() + i * block.width,
-                block.seen.data() + i * block.columns, block.columns, scale, sinks ? sinks + h : nullptr);
-        const int64_t width = up_to(dv, LANES);
-        block.result.resize(block.rows * width);
         pack_rows(values, block.keys.data(), 0, block.keys.size(), block.columns, block.panels);
-        multiply(block.scores.data(), block.width, 1, block.panels.data(), block.rows, width, block.columns,
-                 block.result.data(), width);
-        write_rows(Head(out, L, heads, dv, b, h), block);
+        block.result.resize(block.rows * width);
+        for (int64_t h = g * share; h < (g + 1) * share; h++) {
+            copy_rows(Head(q, L, heads, d, b, h), block, block.query);
+            multiply(block.query.data(), d, 1, block.key_columns.data(), block.rows, block.columns, d,
+                     block.scores.data(), block.width);
+            for (int64_t i = 0; i < block.count; i++)
+                logs[(b * L + block.first + i) * heads + h] = softmax(block.scores.data() + i * block.width,
+                    block.seen.data() + i * block.columns, block.columns, scale, sinks ? sinks + h : nullptr);
+            multiply(block.scores.data(), block.width, 1, block.panels.data(), block.rows, width, block.columns,
+                     block.result.data(), width);
+            write_rows(Head(out, L, heads, dv, b, h), block);
+        }
     });
 }
 

@@ -61,22 +61,6 @@ struct Rows {
     }
 };
 
-// tile[i][j] becomes tile[j][i]: of each two rows d apart, two squares of side d change places
-INLINE void transpose(Lanes tile[LANES]) {
-    const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-    for (int d = 1; d < LANES; d *= 2) {
-        const IntLanes odd = (lane & d) != 0;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            if (i & d) continue;
-            const Lanes low = tile[i], high = tile[i + d];
-            tile[i] = __builtin_shuffle(low, high, odd ? lane - d + LANES : lane);
-            tile[i + d] = __builtin_shuffle(low, high, odd ? lane + LANES : lane + d);
-        }
-    }
-}
-
 // As lay_out, of codes or numbers T
 template <class T> INLINE void lay_out_as(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
     for (int64_t s = 0; s < n; s += LANES) {

@@ -80,6 +80,15 @@ CLONES void mix_one(const float* x, const float* y, const float* post, const flo
     }
 }
 
+CLONES void collapse_one(const float* x, const float* fn, const float* base, float scale, int n, int64_t d, float eps,
+                         float norm_eps, float* out) {
+    const int64_t width = n * d;
+    const float inverse = 1.f / std::sqrt(dot(x, x, width) / float(width) + norm_eps);
+    float pre[MOST];
+    for (int k = 0; k < n; k++) pre[k] = sigmoid(dot(x, fn + k * width, width) * inverse * scale + base[k]) + eps;
+    read_one(x, pre, n, d, out);
+}
+
 template <class Body> void each_row(int threads, int64_t rows, int64_t numbers, const Body& body) {
     const int parts = int(std::clamp(rows * numbers / WORTH_A_PART, int64_t(1), std::max<int64_t>(rows, 1)));
     in_parts(threads, parts, [&](int part) {
@@ -100,6 +109,13 @@ void ff_hyper_maps(const float* x, const float* fn, const float* base, const flo
         maps_of(x + row * width, fn, base, scale, mixed ? mixed + row * outputs : nullptr, n, width, iterations, eps,
                 norm_eps, pre + row * n, post + row * n, comb + row * n * n);
     });
+}
+
+// x: [rows, n, d]; fn: [n, n d]; base: [n]; scale: [1]; out: [rows, d]
+void ff_collapse_streams(const float* x, const float* fn, const float* base, const float* scale, int64_t rows, int n,
+                         int64_t d, float eps, float norm_eps, float* out) {
+    for (int64_t row = 0; row < rows; row++)
+        collapse_one(x + row * n * d, fn, base, *scale, n, d, eps, norm_eps, out + row * d);
 }
 
 // x: [rows, n, d]; pre: [rows, n]; out: [rows, d]
