@@ -81,12 +81,14 @@ _made: WeakKeyDictionary[nn.ModuleList, Decoder] = WeakKeyDictionary()
 
 
 def decoder(blocks: nn.ModuleList, cfg: ModelConfig, ctx: Context) -> Decoder | None:
-    """For a step of one new text position a sequence, none of which learns or is looked into."""
+    """For a step of one new text position a sequence over plain pages in memory, with nobody learning or looking in."""
     cache = ctx.cache
     if cache is None or cfg.attention.kind != "compressed" or cfg.residual.kind != "mhc" or blocks.training:
         return None
     if not 0 < len(cache.states) == len(ctx.packed) <= MOST or not cache.single or ctx.probe is not None:
         return None
+    if cache.pool.backing is not None or cache.pool.data.dtype not in (torch.float32, torch.bfloat16):
+        return None  # rows that have to be fetched, or decoded
     device = cache.pool.data.device.type
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
         return None

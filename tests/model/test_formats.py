@@ -19,6 +19,7 @@ SHAPES = {
     "flat": SPARSE,
     "two levels": SPARSE | {"indexer.block_size": 2, "indexer.candidate_blocks": 3},
     "compressed": tiny.COMPRESSED,
+    "compressed, mhc": tiny.COMPRESSED | {"residual.kind": "mhc"},
 }
 
 
@@ -49,7 +50,7 @@ def test_a_format_gives_what_its_decoded_rows_give(shape, dtype, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *SCALED], ids=str)
-@pytest.mark.parametrize("shape", ["dense", "gqa", "compressed"])
+@pytest.mark.parametrize("shape", ["dense", "gqa", "compressed", "compressed, mhc"])
 def test_rounded_rows_give_nearly_the_same_answer(shape, dtype):
     made = tiny.model(tiny.config(**SHAPES[shape] | {"indexer.mode": "off"}))
     batch, chunks = documents(2)
