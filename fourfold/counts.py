@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from math import ceil
 from typing import Any
 
@@ -33,26 +34,11 @@ TAIL_BYTES = 4  # what is kept of the last positions alone is float32
 def engram_primes(cfg: EngramConfig) -> list[list[list[int]]]:
     """Rows of each Engram table, as ``[layer][order - 2][head]``: distinct primes (arXiv 2601.07372).
 
-    Every (layer, order) searches upwards from ``vocab_size``; a prime used by any layer or order is never used again.
+    They go upwards from ``vocab_size``; a prime used by any layer or order is never used again.
     """
-    used: set[int] = set()
-
-    def next_prime(candidate: int) -> int:
-        while candidate in used or not _is_prime(candidate):
-            candidate += 1
-        used.add(candidate)
-        return candidate
-
-    layers = []
-    for _ in cfg.layer_ids:
-        orders = []
-        for _ in range(2, cfg.max_ngram + 1):
-            heads: list[int] = []
-            for _ in range(cfg.n_heads):
-                heads.append(next_prime(heads[-1] + 1 if heads else cfg.vocab_size))
-            orders.append(heads)
-        layers.append(orders)
-    return layers
+    primes = filter(_is_prime, count(cfg.vocab_size))
+    orders = range(2, cfg.max_ngram + 1)
+    return [[[next(primes) for _ in range(cfg.n_heads)] for _ in orders] for _ in cfg.layer_ids]
 
 
 def _is_prime(n: int) -> bool:

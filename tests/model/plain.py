@@ -50,10 +50,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool
 
 def gqa(w: dict[str, Tensor], at: str, cfg: ModelConfig, x: Tensor, positions: Tensor, fused: bool) -> Tensor:
     a = cfg.attention
-    q, k, v = (F.linear(x, w[f"{at}{n}_proj.weight"]).unflatten(-1, (-1, a.head_dim)) for n in "qkv")
+    q, k, v = (ops.linear(x, w[f"{at}{n}_proj.weight"]).unflatten(-1, (-1, a.head_dim)) for n in "qkv")
     q, k = (rotate(t, positions, cfg.rope.theta, interleaved=False, fused=fused) for t in (q, k))
     o = softmax_attention(q, k, v, a.head_dim**-0.5, fused)
-    return F.linear(o, w[f"{at}o_proj.weight"])
+    return ops.linear(o, w[f"{at}o_proj.weight"])
 
 
 def mla(w: dict[str, Tensor], at: str, cfg: ModelConfig, x: Tensor, positions: Tensor, fused: bool) -> Tensor:
@@ -61,26 +61,26 @@ def mla(w: dict[str, Tensor], at: str, cfg: ModelConfig, x: Tensor, positions: T
     heads, dn, dr, rank = a.num_attention_heads, a.qk_nope_head_dim, a.qk_rope_head_dim, a.kv_lora_rank
     if a.q_lora_rank:
         latent = rms_norm(
-            F.linear(x, w[f"{at}q_a_proj.weight"]), w[f"{at}q_a_layernorm.weight"], cfg.rms_norm_eps, fused
+            ops.linear(x, w[f"{at}q_a_proj.weight"]), w[f"{at}q_a_layernorm.weight"], cfg.rms_norm_eps, fused
         )
-        q = F.linear(latent, w[f"{at}q_b_proj.weight"])
+        q = ops.linear(latent, w[f"{at}q_b_proj.weight"])
     else:
-        q = F.linear(x, w[f"{at}q_proj.weight"])
+        q = ops.linear(x, w[f"{at}q_proj.weight"])
     q = q.unflatten(-1, (heads, dn + dr))
-    ckr = F.linear(x, w[f"{at}kv_a_proj_with_mqa.weight"])
+    ckr = ops.linear(x, w[f"{at}kv_a_proj_with_mqa.weight"])
     c = rms_norm(ckr[:, :rank], w[f"{at}kv_a_layernorm.weight"], cfg.rms_norm_eps, fused)
     k_rope = rotate(ckr[:, None, rank:], positions, cfg.rope.theta, interleaved=True, fused=fused)
     q_rope = rotate(q[..., dn:], positions, cfg.rope.theta, interleaved=True, fused=fused)
-    kv = F.linear(c, w[f"{at}kv_b_proj.weight"]).unflatten(-1, (heads, -1))
+    kv = ops.linear(c, w[f"{at}kv_b_proj.weight"]).unflatten(-1, (heads, -1))
     q = torch.cat([q[..., :dn], q_rope], dim=-1)
     k = torch.cat([kv[..., :dn], k_rope.expand(-1, heads, -1)], dim=-1)
     o = softmax_attention(q, k, kv[..., dn:], (dn + dr) ** -0.5, fused)
-    return F.linear(o, w[f"{at}o_proj.weight"])
+    return ops.linear(o, w[f"{at}o_proj.weight"])
 
 
 def swiglu(w: dict[str, Tensor], at: str, x: Tensor) -> Tensor:
-    gate, up = F.linear(x, w[f"{at}gate_proj.weight"]), F.linear(x, w[f"{at}up_proj.weight"])
-    return F.linear(F.silu(gate) * up, w[f"{at}down_proj.weight"])
+    gate, up = ops.linear(x, w[f"{at}gate_proj.weight"]), ops.linear(x, w[f"{at}up_proj.weight"])
+    return ops.linear(F.silu(gate) * up, w[f"{at}down_proj.weight"])
 
 
 def block(w: dict[str, Tensor], at: str, cfg: ModelConfig, x: Tensor, positions: Tensor, fused: bool) -> Tensor:
@@ -104,4 +104,4 @@ def trunk(w: dict[str, Tensor], cfg: ModelConfig, tokens: Tensor, fused: bool) -
 def logits(w: dict[str, Tensor], cfg: ModelConfig, tokens: Tensor, fused: bool = True) -> Tensor:
     """float32 [T, V]. ``fused``: by torch's attention kernel, else written out."""
     x = trunk(w, cfg, tokens, fused)
-    return F.linear(rms_norm(x, w["norm.weight"], cfg.rms_norm_eps, fused), w["lm_head.weight"])
+    return ops.linear(rms_norm(x, w["norm.weight"], cfg.rms_norm_eps, fused), w["lm_head.weight"])

@@ -9,7 +9,7 @@ from fourfold.ops import reference
 from fourfold.ops.cpu import native
 
 TYPES = (torch.float32, torch.bfloat16)
-FEW = 64  # rows, of decoding: more are worth torch's threads
+FEW = 16  # rows, of decoding: more are worth torch's threads
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ from fourfold.ops.cpu.threads import team
 from fourfold.ops.reference.norm import at_least_float32
 
 LONG = 1024  # tokens from which Numba's pass pays: training batches, not the chunks of a server's prefill
-FEW, SMALL = 16, 1 << 16  # tokens, and numbers in them: more are worth a matrix product of their own
+FEW = 16  # tokens: more are worth a matrix product of their own
 MOST = 8  # streams that the compiled kernels know
 
 
@@ -149,7 +149,7 @@ def hyper_maps(
     if doubly_stochastic and (library := _compiled(x, fn, base, scale)):
         (rows, n, d), threads = x.shape, team()
         x, fn, base, scale = _wide(x, fn, base, scale)
-        mixed = product(x.flatten(1), fn) if rows > FEW and x.numel() > SMALL else None
+        mixed = product(x.flatten(1), fn) if rows > FEW else None
         pre, post, comb = x.new_empty(rows, n), x.new_empty(rows, n), x.new_empty(rows, n, n)
         inputs = [t.data_ptr() for t in (x, fn, base, scale)]
         outputs = [t.data_ptr() for t in (pre, post, comb)]
