@@ -58,3 +58,14 @@ def test_rounded_rows_give_nearly_the_same_answer(shape, dtype):
     wanted = torch.cat([tiny.logits(made, d) for d in batch])
     error = (got - wanted).abs().mean() / wanted.std()
     assert 0 < error < {torch.float8_e4m3fn: 0.05}.get(dtype, 0.02)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", SCALED, ids=str)
+def test_rows_with_scales_are_not_decoded_as_if_they_had_none(dtype):
+    """One position a step, as the call of all layers takes it where pages are plain."""
+    made = tiny.model(tiny.config(**SHAPES["compressed, mhc"] | {"indexer.mode": "off"})).eval()
+    document = tiny.text(33, seed=3)
+    steps = [document], [[1] * len(document)], 2 * layout(made.cfg).multiple
+    got, wanted = (torch.cat(tiny.decode(made, *steps, dtype=d)) for d in (dtype, torch.float32))
+    assert 0 < (got - wanted).abs().mean() / wanted.std() < 0.05
