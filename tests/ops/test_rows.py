@@ -130,10 +130,12 @@ def test_latent_attention_reads_rows_as_if_they_were_decoded(dtype, seed):
 
 
 @needs_native
+@pytest.mark.parametrize("matrix", ["on", "off"])
 @pytest.mark.parametrize("dtype", SCALED, ids=str)
 @pytest.mark.parametrize("seed", range(12))
-def test_selection_reads_rows_as_if_they_were_decoded(dtype, seed):
+def test_selection_reads_rows_as_if_they_were_decoded(dtype, seed, matrix, monkeypatch):
     """Scales are powers of two and values few, so that every way of adding up is exact and scores are often equal."""
+    monkeypatch.setenv("FOURFOLD_MATRIX", matrix)
     rng, _ = random.Random(seed), torch.manual_seed(seed)
     batch, heads, dim, block = rng.randint(1, 2), rng.choice([1, 3, 16]), rng.choice([1, 8, 33]), rng.choice([1, 2, 4])
     size, queries, blocks = block * rng.choice([1, 4, 16]), rng.randint(1, 40), rng.randint(1, 6)
@@ -159,6 +161,25 @@ def test_selection_reads_rows_as_if_they_were_decoded(dtype, seed):
         wanted = reference.select_positions(q, weights, ops.decode_rows(keys, [dim]), pages, past, k, *decoded)
         for select in (select_positions, reference.select_positions):
             assert torch.equal(select(q, weights, in_pages(keys), pages, past, k, *lying), wanted)
+
+
+@needs_native
+@pytest.mark.parametrize("matrix", ["on", "off"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *SCALED], ids=str)
+def test_selection_by_either_unit_keeps_the_best_scores(dtype, matrix, monkeypatch):
+    """Of numbers as they come: no key is kept whose exact score is below the k-th best by more than rounding."""
+    monkeypatch.setenv("FOURFOLD_MATRIX", matrix)
+    torch.manual_seed(0)
+    for heads, dim, k in ((8, 32, 64), (9, 64, 7), (4, 24, 16)):
+        keys = ops.encode_rows(torch.randn(13, 32, dim), [dim], dtype)
+        q, weights, past = torch.randn(1, 5, heads, dim), torch.randn(1, 5, heads), torch.tensor([400])
+        pages = torch.randperm(13)[None]
+        found = select_positions(q, weights, in_pages(keys), pages, past, k)
+        lying = ops.decode_rows(keys, [dim])[pages[0]].flatten(0, 1)[None].double()
+        scores = reference.index_scores(q.double(), lying, weights.double())
+        scores = scores.masked_fill(torch.arange(13 * 32) > torch.arange(400, 405)[:, None], -torch.inf)
+        assert (found >= 0).all() and (found.diff() > 0).all()
+        assert (scores.gather(-1, found) >= scores.topk(k).values[..., -1:] - 2e-4).all()
 
 
 @needs_native

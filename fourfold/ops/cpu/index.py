@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,11 @@ def select_positions(
     summaries: Tensor | None = None,
     blocks: int = 0,
 ) -> Tensor:
-    """See :func:`fourfold.ops.reference.select_positions`; by the compiled kernel."""
+    """See :func:`fourfold.ops.reference.select_positions`; by the compiled kernel.
+
+    Keys in fewer bits than float32 go through the matrix unit of the processor, if it has one; ``FOURFOLD_MATRIX=off``
+    leaves that aside.
+    """
     lying = [keys] if summaries is None else [keys, summaries]
     fits = all(t.dtype == keys.dtype and t.stride()[1:] == (t.shape[-1], 1) for t in lying)
     fits = fits and keys.dtype in FORMATS and q.dtype == weights.dtype == torch.float32
@@ -60,6 +66,7 @@ def select_positions(
         *q.shape,
         k,
         out.data_ptr(),
+        os.environ.get("FOURFOLD_MATRIX") == "off",
         team(),
     )
     return out

@@ -23,7 +23,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (_at, _int, _at, *[_long] * 3, _at, _at, _long, _at, _at, _at, _int, *[_long] * 6, _float, _at, _int),
     ),
-    "ff_select_positions": (None, (_at, _at, _int, _at, *[_long] * 6, *[_at] * 3, *[_long] * 5, _at, _int)),
+    "ff_select_positions": (None, (_at, _at, _int, _at, *[_long] * 6, *[_at] * 3, *[_long] * 5, _at, _int, _int)),
     "ff_encode_rows": (_int, (_at, _long, _at, _long, _int, _at, _int)),
     "ff_decode_rows": (None, (_at, _long, _at, _long, _int, _at, _int)),
     "ff_rope": (None, (*[_at] * 4, *[_long] * 5, _int)),

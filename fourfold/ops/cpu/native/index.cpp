@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "clones.h"
+#include "matrix.h"
 #include "rows.h"
 #include "team.h"
 
@@ -19,8 +20,19 @@ namespace {
 constexpr int64_t TILE = 16;   // queries that share keys laid out once
 constexpr int64_t CHUNK = 64;  // keys laid out at a time
 constexpr int EIGHT = 8;       // heads that share a load of the keys
+constexpr int64_t FOUR = 4;    // scores that are looked at together
+constexpr size_t AHEAD = 2;    // blocks that are fetched from memory while others are scored
 
 typedef std::pair<float, int64_t> Scored;  // pairs compare by score, then by position
+
+// Bit i: x[i] >= bar, of FOUR numbers
+INLINE unsigned not_below(const float* x, float bar) {
+#ifdef __SSE__
+    return _mm_movemask_ps(_mm_cmpge_ps(_mm_loadu_ps(x), _mm_set1_ps(bar)));
+#else
+    return (x[0] >= bar) | (x[1] >= bar) << 1 | (x[2] >= bar) << 2 | (x[3] >= bar) << 3;
+#endif
+}
 
 // The k best of what is offered in ascending order of position.
 struct Best {
@@ -29,8 +41,11 @@ struct Best {
     std::vector<Scored> kept;
 
     void offer(const float* scores, int64_t n, int64_t first) {
-        for (int64_t i = 0; i < n; i++) {
-            if (!(scores[i] >= bar)) continue;
+        uint64_t some = 0;  // bit i: scores[i] counts
+        for (int64_t i = 0; i < n; i += FOUR) some |= uint64_t(not_below(scores + i, bar)) << i;
+        if (n < CHUNK) some &= (uint64_t(1) << n) - 1;
+        for (; some; some &= some - 1) {
+            const int64_t i = __builtin_ctzll(some);
             kept.emplace_back(scores[i], first + i);
             if (int64_t(kept.size()) >= 2 * k) trim();
         }
@@ -55,11 +70,19 @@ struct Rows {
     const int64_t* pages;
     int64_t n_pages, page_stride, per_page, width;
 
+    // Rows of a page follow each other
     const char* row(int64_t b, int64_t s) const {
         return static_cast<const char*>(data) + pages[b * n_pages + s / per_page] * page_stride * item_bytes(format) +
                s % per_page * row_bytes(format, width, 1);
     }
 };
+
+// Rows first .. first + n - 1, of one page, will be read soon
+INLINE void expect(const Rows& rows, int64_t b, int64_t first, int64_t n) {
+    const char* from = rows.row(b, first);
+    const int64_t bytes = n * row_bytes(rows.format, rows.width, 1);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
 
 // As lay_out, of codes or numbers T
 template <class T> INLINE void lay_out_as(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
@@ -119,59 +142,205 @@ CLONES void score_keys(const float* q, const float* weight, int64_t heads, int64
     }
 }
 
+// Queries and keys as vectors of floats score them: CHUNK keys with a lane each.
+struct ByLanes {
+    typedef float Number;
+    const float *q, *weights;
+    int64_t heads, width;
+    std::vector<float> space;
+
+    static int64_t depth(int64_t width) { return width; }
+    static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to, float*) {
+        lay_out(rows, b, first, n, to);
+    }
+    void begin(const float* queries, const float* head_weights, int64_t, int64_t n_heads, int64_t n) {
+        q = queries, weights = head_weights, heads = n_heads, width = n;
+        space.resize(width * CHUNK);
+    }
+    const float* find(const Rows& rows, int64_t b, int64_t first, int64_t n, float*) {
+        take(rows, b, first, n, space.data(), nullptr);
+        return space.data();
+    }
+    // out[t][s], rows of CHUNK: the scores of n keys for queries from .. until - 1
+    void score(const float* keys, const float*, int64_t from, int64_t until, int64_t n, float* out) const {
+        for (int64_t t = from; t < until; t++)
+            score_keys(q + t * heads * width, weights + t * heads, heads, width, keys, n, out + t * CHUNK);
+    }
+    void end() {}
+};
+
+#ifdef HAS_MATRIX
+// Codes as bfloat16, which holds them exactly
+template <class T> INLINE void narrow(const char* from, int64_t width, uint16_t* to) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Lanes some = load_some(reinterpret_cast<const T*>(from) + i, width - i);
+        const HalfLanes half = __builtin_convertvector((WordLanes)some >> 16, HalfLanes);
+        std::memcpy(to + i, &half, sizeof half);
+    }
+}
+
+// The same for the matrix unit: keys with a row of bfloat16 each, and the scales of codes beside them.
+struct ByMatrix {
+    typedef uint16_t Number;
+    matrix::Queries queries;
+    int64_t width;
+    std::vector<uint16_t> space;
+
+    static int64_t depth(int64_t width) { return (width + matrix::DEPTH - 1) / matrix::DEPTH * matrix::DEPTH; }
+    MATRIX static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, uint16_t* to, float* scales) {
+        for (int64_t s = 0; s < n; s++, to += depth(rows.width)) {
+            const char *row = rows.row(b, first + s), *codes = row + scale_bytes(rows.format, 1);
+            scales[s] = scale_of(row, rows.format, 0);
+            if (rows.format == BFLOAT16) std::memcpy(to, codes, rows.width * 2);
+            if (rows.format == INT8) narrow<int8_t>(codes, rows.width, to);
+            if (rows.format == E4M3) narrow<Fp8>(codes, rows.width, to);
+        }
+    }
+    MATRIX void begin(const float* q, const float* weights, int64_t count, int64_t heads, int64_t n) {
+        static const matrix::Configuration configuration;
+        _tile_loadconfig(&configuration);
+        queries.lay_out(q, weights, count, heads, n);
+        width = n, space.assign(depth(width) * CHUNK, 0);
+    }
+    const uint16_t* find(const Rows& rows, int64_t b, int64_t first, int64_t n, float* scales) {
+        const bool lie_so = rows.format == BFLOAT16 && depth(width) == width && first % LANES == 0 &&
+                            rows.per_page % LANES == 0 && first % rows.per_page + n <= rows.per_page;
+        if (lie_so) return reinterpret_cast<const uint16_t*>(rows.row(b, first));
+        take(rows, b, first, n, space.data(), scales);
+        return space.data();
+    }
+    // The other query of a pair is scored, too
+    MATRIX void score(const uint16_t* keys, const float* scales, int64_t from, int64_t until, int64_t n, float* out) const {
+        for (int64_t pair = from / 2; pair <= (until - 1) / 2; pair++)
+            for (int64_t s = 0, some; s < n; s += some) {
+                const int64_t tiles = (n - s + LANES - 1) / LANES;
+                auto way = tiles == 1 ? matrix::score_pair<1> : tiles < 4 ? matrix::score_pair<2> : matrix::score_pair<4>;
+                some = (tiles < 2 ? 1 : tiles < 4 ? 2 : 4) * LANES;
+                float* to = out + 2 * pair * CHUNK + s;
+                way(queries, pair, keys + s * depth(width), to, CHUNK);
+                for (int64_t i = 0; scales && i < some; i += LANES) {
+                    store(to + i, load(to + i) * load(scales + s + i));
+                    store(to + CHUNK + i, load(to + CHUNK + i) * load(scales + s + i));
+                }
+            }
+    }
+    MATRIX void end() { _tile_release(); }
+};
+#endif
+
+// What ff_select_positions is asked for
+struct Request {
+    Rows keys, summaries;  // without data where every key is scored
+    int64_t block, blocks;
+    const int64_t* past;
+    const float *q, *weights;
+    int64_t batch, queries, heads, k;
+    int64_t* out;
+
+    int64_t own_block(int64_t b, int64_t t) const { return (past[b] + t) / block; }
+    bool in_two_levels(int64_t b, int64_t last) const { return summaries.data && own_block(b, last) >= blocks; }
+};
+
+// The summaries of a sequence as its queries want them, laid out once for all: CHUNK after CHUNK.
+template <class Scoring> struct Summaries {
+    std::vector<typename Scoring::Number> numbers;
+    std::vector<float> scales;
+
+    void lay_out(const Request& r, int64_t b, int threads) {
+        if (!r.in_two_levels(b, r.queries - 1)) return;
+        const int64_t count = r.own_block(b, r.queries - 1), chunks = (count + CHUNK - 1) / CHUNK;
+        const int64_t size = Scoring::depth(r.keys.width) * CHUNK;
+        numbers.resize(chunks * size), scales.resize(chunks * CHUNK);
+        in_parts(threads, int(chunks), [&](int c) {
+            const int64_t first = c * CHUNK, n = std::min(CHUNK, count - first);
+            Scoring::take(r.summaries, b, first, n, numbers.data() + c * size, scales.data() + first);
+        });
+    }
+};
+
+// Queries first .. last - 1 of sequence b, no more than TILE
+template <class Scoring>
+void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, int64_t first, int64_t last) {
+    static thread_local Scoring scoring;
+    const int64_t at = b * r.queries + first, past = r.past[b] + first, count = last - first, width = r.keys.width;
+    const bool scaled = r.keys.format >= INT8;
+    scoring.begin(r.q + at * r.heads * width, r.weights + at * r.heads, count, r.heads, width);
+    float scores[TILE * CHUNK], scales[CHUNK];
+    std::vector<Best> best(count, Best{r.k});
+    // Offers keys start .. stop - 1 to the collection of each query t .. until - 1, as far as it sees them
+    auto offer_keys = [&](int64_t start, int64_t stop, int64_t t, int64_t until) {
+        for (int64_t s = start; s < stop; s += CHUNK) {
+            const int64_t there = std::min(CHUNK, stop - s);
+            const auto* keys = scoring.find(r.keys, b, s, there, scales);
+            scoring.score(keys, scaled ? scales : nullptr, t, until, there, scores);
+            for (int64_t each = t; each < until; each++) {
+                const int64_t n = std::min(there, past + each + 1 - s);
+                if (n > 0) best[each].offer(scores + each * CHUNK, n, s);
+            }
+        }
+    };
+    if (!r.in_two_levels(b, last - 1)) {  // no block is left out
+        offer_keys(0, past + count, 0, count);
+    } else {
+        std::vector<Best> near(count, Best{r.blocks - 1});
+        const int64_t size = Scoring::depth(width) * CHUNK, newest = r.own_block(b, last - 1);
+        int64_t ends[TILE];
+        for (int64_t t = 0; t < count; t++) ends[t] = r.own_block(b, first + t);
+        for (int64_t s = 0; s < newest && r.blocks > 1; s += CHUNK) {
+            const auto* keys = summaries.numbers.data() + s / CHUNK * size;
+            scoring.score(keys, scaled ? summaries.scales.data() + s : nullptr, 0, count, CHUNK, scores);
+            for (int64_t t = 0; t < count; t++) {
+                const int64_t n = std::min(CHUNK, ends[t] - s);
+                if (n > 0) near[t].offer(scores + t * CHUNK, n, s);
+            }
+        }
+        for (int64_t t = 0; t < count; t++) {
+            std::vector<Scored>& blocks = near[t].kept;
+            near[t].sort_by_position();
+            blocks.emplace_back(0.f, ends[t]);
+            for (size_t i = 0; i < blocks.size(); i++) {
+                if (i + AHEAD < blocks.size()) expect(r.keys, b, blocks[i + AHEAD].second * r.block, r.block);
+                const int64_t start = blocks[i].second * r.block;
+                offer_keys(start, std::min(start + r.block, past + t + 1), t, t + 1);
+            }
+        }
+    }
+    scoring.end();
+    for (int64_t t = 0; t < count; t++) {
+        best[t].sort_by_position();
+        int64_t* to = r.out + (at + t) * r.k;
+        for (const Scored& found : best[t].kept) *to++ = found.second;
+        std::fill(to, r.out + (at + t + 1) * r.k, -1);
+    }
+}
+
+template <class Scoring> void select_all(const Request& r, int threads) {
+    std::vector<Summaries<Scoring>> summaries(r.batch);
+    for (int64_t b = 0; b < r.batch; b++) summaries[b].lay_out(r, b, threads);
+    const int64_t tiles = (r.queries + TILE - 1) / TILE;
+    in_parts(threads, int(r.batch * tiles), [&](int part) {
+        const int64_t b = part / tiles, first = part % tiles * TILE;
+        select(r, summaries[b], b, first, std::min(r.queries, first + TILE));
+    });
+}
+
 }  // namespace
 
-// keys: rows of `width` numbers in pages, in a format of rows.h; page_stride, summary_stride: in elements; summaries: one such row for each `block` keys of a page,
-// or null: every key is scored; past: int64 [batch], positions before the first query; blocks: how many a query may
-// look into, its own among them. q: float [batch, queries, heads, width]; weights: float [batch, queries, heads].
-// out: int64 [batch, queries, k], ascending positions, -1 after the last.
+// keys: rows of `width` numbers in pages, in a format of rows.h; page_stride, summary_stride: in elements; summaries:
+// one such row for each `block` keys of a page, or null: every key is scored; past: int64 [batch], positions before
+// the first query; blocks: how many a query may look into, its own among them; q: float [batch, queries, heads, width];
+// weights: float [batch, queries, heads]; vectors: whether a matrix unit is left aside. out: int64 [batch, queries, k],
+// ascending positions, -1 after the last.
 extern "C" void ff_select_positions(const void* keys, const void* summaries, int format, const int64_t* pages,
                                     int64_t n_pages, int64_t page_stride, int64_t summary_stride, int64_t page_size,
                                     int64_t block, int64_t blocks, const int64_t* past, const float* q, const float* weights,
                                     int64_t batch, int64_t queries, int64_t heads, int64_t width, int64_t k,
-                                    int64_t* out, int threads) {
-    const Rows all{keys, format, pages, n_pages, page_stride, page_size, width};
-    const int64_t tiles = (queries + TILE - 1) / TILE;
-    in_parts(threads, int(batch * tiles), [&](int part) {
-        const int64_t b = part / tiles, first = part % tiles * TILE, last = std::min(queries, first + TILE);
-        static thread_local std::vector<float> laid, scores;
-        laid.resize(width * CHUNK);
-        scores.resize(CHUNK);
-        std::vector<Best> best(last - first, Best{k}), near(last - first, Best{blocks - 1});
-        // Offers keys or summaries start .. stop - 1 to the collection of each query t, up to its own end(t)
-        auto stream = [&](const Rows& from, int64_t start, int64_t stop, int64_t t, int64_t until, auto& to, auto end) {
-            for (int64_t s = start; s < stop; s += CHUNK) {
-                const int64_t there = std::min(CHUNK, stop - s);
-                lay_out(from, b, s, there, laid.data());
-                for (int64_t each = t; each < until; each++) {
-                    const int64_t n = std::min(there, end(each) - s), at = (b * queries + each) * heads;
-                    if (n <= 0) continue;
-                    score_keys(q + at * width, weights + at, heads, width, laid.data(), n, scores.data());
-                    to[each - first].offer(scores.data(), n, s);
-                }
-            }
-        };
-        auto visible = [&](int64_t t) { return past[b] + t + 1; };
-        auto own_block = [&](int64_t t) { return (past[b] + t) / block; };
-        if (!summaries || own_block(last - 1) < blocks) {  // no block is left out
-            stream(all, 0, visible(last - 1), first, last, best, visible);
-        } else {
-            const Rows means{summaries, format, pages, n_pages, summary_stride, page_size / block, width};
-            if (blocks > 1) stream(means, 0, own_block(last - 1), first, last, near, own_block);
-            for (int64_t t = first; t < last; t++) {
-                near[t - first].sort_by_position();
-                near[t - first].kept.emplace_back(0.f, own_block(t));
-                for (const Scored& found : near[t - first].kept) {
-                    const int64_t start = found.second * block;
-                    stream(all, start, std::min(start + block, visible(t)), t, t + 1, best, visible);
-                }
-            }
-        }
-        for (int64_t t = first; t < last; t++) {
-            best[t - first].sort_by_position();
-            int64_t* to = out + (b * queries + t) * k;
-            for (const Scored& found : best[t - first].kept) *to++ = found.second;
-            std::fill(to, out + (b * queries + t + 1) * k, -1);
-        }
-    });
+                                    int64_t* out, int vectors, int threads) {
+    const Request request{{keys, format, pages, n_pages, page_stride, page_size, width},
+                          {summaries, format, pages, n_pages, summary_stride, page_size / block, width},
+                          block, blocks, past, q, weights, batch, queries, heads, k, out};
+#ifdef HAS_MATRIX
+    if (!vectors && format != FLOAT32 && matrix::is_there()) return select_all<ByMatrix>(request, threads);
+#endif
+    select_all<ByLanes>(request, threads);
 }

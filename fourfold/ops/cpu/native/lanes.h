@@ -60,6 +60,13 @@ INLINE Lanes exponential(Lanes x) {
     return (Lanes)((IntLanes)p + exponent);
 }
 
+// Lane j: low[j] + low[j + d], or, where j has bit d, high[j - d] + high[j]
+INLINE Lanes fold(Lanes low, Lanes high, int d) {
+    const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, odd = (lane & d) != 0;
+    return __builtin_shuffle(low, high, odd ? lane - d + LANES : lane) +
+           __builtin_shuffle(low, high, odd ? lane + LANES : lane + d);
+}
+
 // tile[i][j] becomes tile[j][i]: of each two rows d apart, two squares of side d change places
 INLINE void transpose(Lanes tile[LANES]) {
     const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
