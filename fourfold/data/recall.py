@@ -118,11 +118,12 @@ def document(
 
 
 def lesson(made: Recall, prefix: Sequence[int] = ()) -> Document:
-    """The context with all questions and answers behind it, to train on; the answers alone are targets."""
+    """The context with all questions and answers behind it, to train on. Targets are the answers alone, but of a drill
+    the questions too: what they repeat is learnt first, and the answer is how it goes on."""
     ids, learn = [*prefix, *made.context.tolist()], [False] * (len(prefix) + len(made.context))
     for query in made.queries:
         ids += query.tokens + query.answer
-        learn += [False] * len(query.tokens) + [True] * len(query.answer)
+        learn += [made.task == "drill"] * len(query.tokens) + [True] * len(query.answer)
     whole = Document.text(ids)
     following = torch.tensor([*learn[1:], False])
     return Document(whole.tokens, whole.modality, whole.marks, whole.targets.masked_fill(~following, IGNORE))
