@@ -340,7 +340,9 @@ def _layer_reads(cfg: ModelConfig, layer: int, absorbed: bool) -> Iterator[Read]
             per_key = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
         yield Read("attention", width, 2 * heads * per_key, limit=topk)
         if in_use and (layer == cfg.num_hidden_layers or layer % i.layers_per_indexer == 0):
-            yield Read("indexer", i.head_dim, per_score)
+            yield Read("indexer", i.head_dim, per_score, limit=i.candidate_blocks * i.block_size or None)
+            if i.candidate_blocks:  # which of them are looked into, by their summaries
+                yield Read("indexer", i.head_dim, per_score, i.block_size)
         return
     per_key = 4 * heads * a.head_dim
     yield Read("attention", a.head_dim, per_key, limit=a.sliding_window, tail=True)

@@ -38,6 +38,9 @@ def add_commands(command: Command) -> None:
     evaluate.add_argument("--samples", type=int, help="items per task")
     evaluate.add_argument("--seed", type=int, help="seed of the items")
     add_cache_format(evaluate, "fp32")
+    evaluate.add_argument(
+        "--without-engram", action="store_true", default=None, help="recall of the same weights without Engram's tables"
+    )
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the scores to this file")
 
     data = command("data", _data, "build or list training data")
@@ -111,7 +114,10 @@ def _eval(args: argparse.Namespace) -> None:
         raise ValueError(f"--length: {args.suite} takes one, got {len(args.length)}")
     if args.cache_format and args.suite not in RECALL:
         raise ValueError(f"--cache-format: {args.suite} reads without a cache")
-    given = {name: getattr(args, name) for name in ("length", "depths", "task", "samples", "seed", "cache_format")}
+    if args.without_engram and args.suite not in RECALL:
+        raise ValueError(f"--without-engram: is for {', '.join(RECALL)}, not {args.suite}")
+    names = ("length", "depths", "task", "samples", "seed", "cache_format", "without_engram")
+    given = {name: getattr(args, name) for name in names}
     settings = {name: value for name, value in given.items() if value is not None}
     if args.suite in RECALL and args.json:
         settings["partial"] = args.json.with_suffix(".partial.jsonl")

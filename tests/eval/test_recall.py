@@ -73,6 +73,21 @@ def test_the_format_of_the_pages_is_the_one_asked_for(subject, monkeypatch):
         run(subject, None, cache_format="int3")
 
 
+def test_a_model_can_be_asked_without_its_tables():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with torch.no_grad():
+        for p in model.parameters():  # so that tables, which begin as nothing, say something
+            p.add_(0.3 * torch.randn_like(p))
+    whole = LocalModel(model, tokenizer, "tiny")
+    ids = tokenizer.encode("What is the code of it?")
+    before = whole.logits(ids)
+    report = run(whole, right, length=1024, without_engram=True)
+    assert report["settings"]["without_engram"] is True
+    assert not torch.equal(before, whole.logits(ids))
+    with pytest.raises(ValueError, match="without_engram: tiny has no Engram tables"):
+        run(whole, right, without_engram=True)
+
+
 @pytest.mark.parametrize("dtype", ops.ROW_FORMATS.values(), ids=str)
 def test_pages_of_any_format_can_be_asked(subject, dtype):
     made = document("mqar", subject.tokenizer, 200, 0)

@@ -35,8 +35,8 @@ def run_suite(
     """Every task x length x depth, ``samples`` documents each.
 
     settings: length (one or several, default 1024), task (one of ``tasks``), samples (default 20), seed, depths
-    (shares; drawn for each document if not given), cache_format (one of ``ops.ROW_FORMATS``, default fp32), partial
-    (file that keeps what is done; a rerun goes on from it).
+    (shares; drawn for each document if not given), cache_format (one of ``ops.ROW_FORMATS``, default fp32),
+    without_engram (the model loses its tables), partial (file that keeps what is done; a rerun goes on from it).
     answer: the tokens said to each query of a document; the model's greedy ones if None. Where the model's indexers
     work in two levels, ``kept`` says for each length and layer what share of the flat indexer's choice they make.
     Raises ValueError for a setting out of range, or if ``partial`` was begun with other settings.
@@ -55,6 +55,11 @@ def run_suite(
     said = {"length": lengths, "samples": samples, "seed": seed, "depths": depths, "task": chosen}
     if "cache_format" in settings:
         said["cache_format"] = numbers
+    if settings.get("without_engram"):
+        if not model.model.engrams:
+            raise ValueError(f"without_engram: {model.name} has no Engram tables")
+        said["without_engram"] = True
+        model.model.engrams.clear()
     done = _begin(settings.get("partial"), {"suite": suite, "model": model.name, **said})
     kept: dict[int, list[float]] = defaultdict(list)
     answer = answer or (lambda made: greedy(model, made, kept, dtype=ops.ROW_FORMATS[numbers]))

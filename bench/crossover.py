@@ -1,0 +1,148 @@
+"""What a token of a long prompt costs by its place in it: dense attention beside the two-level indexer with sparse
+attention, both measured over a cache of that length, both as the formulas of ``fourfold.counts`` say, and the length
+from which the second costs less.
+
+A formula gives FLOPs, not seconds: of each arm a constant and a rate are taken from the lengths that are marked, and
+the other lengths are what it must foretell. What lies in the cache is random.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from _report import case, finish, median, parser
+from long import CHUNK, extended
+
+from fourfold.config import ModelConfig
+from fourfold.counts import prefill_flops
+from fourfold.eval.recall import fork
+from fourfold.model.cache import Cache, PagePool, SequenceState
+from fourfold.model.sequence import Document, pack
+from fourfold.model.transformer import Model
+from fourfold.quant.model import quantize_model
+from fourfold.weights.checkpoint import load_model, resolve
+
+LENGTHS = {"dense": [2**n for n in range(11, 18)], "two-level": [2**n for n in range(13, 21)]}
+MARKED = {"dense": (2**11, 2**15), "two-level": (2**14, 2**18)}  # where constant and rate are taken
+
+
+def seconds_per_token(model: Model, length: int, repeats: int) -> list[float]:
+    """Of the last chunk of a prompt, over a cache that holds what is before it."""
+    pool = PagePool(model.cfg, (length + CHUNK) // 64, dtype=torch.bfloat16)
+    pool.data.normal_()
+    state = SequenceState()
+    pool.reserve(state, length - CHUNK)
+    state.length, state.history = length - CHUNK, [0] * (length - CHUNK)
+    ids = torch.randint(256, model.cfg.vocab_size, (CHUNK,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    @torch.inference_mode()
+    def read() -> float:
+        branch = fork(pool, state)
+        began = time.perf_counter()
+        model(pack([Document.text(ids)], starts=[branch.length]), cache=Cache(pool, [branch]), logits="last")
+        spent = time.perf_counter() - began
+        pool.release(branch.pages)
+        return spent / CHUNK
+
+    read()
+    return [read() for _ in range(repeats)]
+
+
+def growing_flops(cfg: ModelConfig, length: int) -> float:
+    """FLOPs of a token of the last chunk, of what grows with the length: attention of a dense model, else indexing."""
+    part = "attention" if cfg.indexer.mode == "dense" else "indexer"
+    whole, before = (prefill_flops(cfg, n)[part] * n for n in (length, length - CHUNK))
+    return (whole - before) / CHUNK
+
+
+def foretold(cfg: ModelConfig, measured: dict[int, float], marked: tuple[int, int]) -> tuple[float, float]:
+    """Seconds that do not grow, and FLOPs per second of those that do."""
+    (short, few), (long, many) = ((n, growing_flops(cfg, n)) for n in marked)
+    rate = (many - few) / (measured[long] - measured[short])
+    return measured[short] - few / rate, rate
+
+
+def crossing(first: dict[int, float], second: dict[int, float]) -> float:
+    """The length from which the second costs less, between lengths on straight lines of the logarithms; inf if none."""
+    lengths = sorted(first.keys() & second.keys())
+    gaps = [math.log(first[n] / second[n]) for n in lengths]
+    for (a, low), (b, high) in zip(
+        zip(lengths, gaps, strict=True), list(zip(lengths, gaps, strict=True))[1:], strict=False
+    ):
+        if low < 0 <= high:
+            return math.exp(math.log(a) + (math.log(b) - math.log(a)) * -low / (high - low))
+    return math.inf
+
+
+def plot(path: Path, measured: dict[str, dict[int, float]], formula: dict[str, dict[int, float]], where: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "crossover"
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for number, name in enumerate(measured):
+        points = sorted(measured[name].items())
+        axis.plot(
+            [n for n, _ in points], [1000 * s for _, s in points], "o", color=f"C{number}", label=f"{name}, measured"
+        )
+        lines = sorted(formula[name].items())
+        axis.plot(
+            [n for n, _ in lines], [1000 * s for _, s in lines], color=f"C{number}", label=f"{name}, by the formula"
+        )
+    axis.axvline(where, color="grey", linestyle=":", label=f"crossover at {where:,.0f} tokens")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set(xlabel="tokens before it", ylabel="milliseconds a token", title="Reading a token of a long prompt")
+    axis.grid(True, which="both", alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--model", default="nano")
+    flags.add_argument("--plot", type=Path, default=Path("docs/crossover.svg"))
+    args = flags.parse_args()
+    measured: dict[str, dict[int, float]] = {}
+    formula: dict[str, dict[int, float]] = {}
+    cases = {}
+    for name, mode, blocks in (("dense", "dense", 0), ("two-level", "sparse", 256)):
+        trained, _ = load_model(resolve(args.model))
+        model = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]), 32, blocks)
+        model.set_indexer_mode(mode)
+        cfg = model.cfg.replace(**{"indexer.mode": mode})
+        found = {n: seconds_per_token(model, n, args.repeats) for n in LENGTHS[name]}
+        measured[name] = {n: median(all_) for n, all_ in found.items()}
+        constant, rate = foretold(cfg, measured[name], MARKED[name])
+        every = sorted({n for lengths in LENGTHS.values() for n in lengths})
+        formula[name] = {n: constant + growing_flops(cfg, n) / rate for n in every}
+        for n, spread in found.items():
+            cases[f"{name}, token {n}"] = case(
+                1000 * measured[name][n], 1000 * formula[name][n], None, "ms", [1000 * s for s in spread],
+                peer_name="the formula", marked=n in MARKED[name],
+            )  # fmt: skip
+            print(
+                f"{name}, {n}: {1000 * measured[name][n]:.3f} ms, formula {1000 * formula[name][n]:.3f}",
+                file=sys.stderr,
+            )
+    where = {
+        kind: crossing(*(lines["dense"], lines["two-level"]))
+        for kind, lines in (("measured", measured), ("formula", formula))
+    }
+    cases["crossover"] = case(
+        where["measured"], where["formula"], None, "tokens", [where["measured"]], peer_name="the formula"
+    )
+    plot(args.plot, measured, formula, where["measured"])
+    finish(cases, args.json)
+
+
+if __name__ == "__main__":
+    main()
