@@ -72,11 +72,13 @@ class Window:
 @dataclass
 class Selection:
     """What an indexer chose for each window: scores float32 [B, L, S] and chosen bool [B, L, S]; or, of keys that lie
-    in the cache, their positions int64 [B, L, topk] alone, ascending, -1 after the last."""
+    in the cache, their positions int64 [B, L, topk] alone, ascending, -1 after the last. While it learns to work in two
+    levels, also the scores of whole blocks, float32 [B, L, S // block_size]."""
 
     scores: list[Tensor]
     chosen: list[Tensor]
     positions: list[Tensor] = field(default_factory=list)
+    block_scores: list[Tensor] = field(default_factory=list)
 
     def kept(self, number: int, topk: int) -> Tensor:
         """int64 [B, L, topk], the same as positions whatever there is."""

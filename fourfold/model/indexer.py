@@ -52,6 +52,9 @@ class Indexer(nn.Module):
             keys, visible = k[window.rows], window.visible
             scores = ops.index_scores(q[window.rows], keys, weights[window.rows])
             size, blocks = self.cfg.block_size, self.cfg.candidate_blocks
+            if blocks and self.training:
+                means = ops.block_means(keys, size)
+                selection.block_scores.append(ops.index_scores(q[window.rows], means, weights[window.rows]))
             if blocks and window.ids is None and window.length > blocks * size:  # a packed row is never that long
                 means = ops.block_means(keys.detach(), size)
                 visible = visible & ops.candidate_keys(
@@ -147,6 +150,23 @@ def index_loss(target: Tensor, scores: Tensor, keys: Tensor) -> Tensor:
     target = target / target.sum(-1, keepdim=True).clamp_min(1e-12)
     predicted = scores.masked_fill(~keys, -1e30).log_softmax(-1)
     return (target * (target.clamp_min(1e-12).log() - predicted)).sum()
+
+
+def block_loss(target: Tensor, scores: Tensor, visible: Tensor, size: int) -> Tensor:
+    """What makes summaries worth asking: the same divergence between attention and scores of whole blocks, both over
+    the blocks that a query sees wholly, each query with the weight of the attention that falls on them.
+
+    target: [B, L, S], attention summed over heads; scores: [B, L, S // size], of summaries; visible: bool [B, L, S].
+    """
+    blocks = scores.shape[-1]
+    if not blocks:
+        return scores.sum()
+    mass, seen = (t[..., : blocks * size].unflatten(-1, (blocks, size)) for t in (target, visible))
+    whole = seen.all(-1)
+    mass = mass.sum(-1).masked_fill(~whole, 0) / target.sum(-1, keepdim=True).clamp_min(1e-12)
+    share = mass / mass.sum(-1, keepdim=True).clamp_min(1e-12)
+    predicted = scores.masked_fill(~whole, -1e30).log_softmax(-1)
+    return (mass * (share.clamp_min(1e-12).log() - predicted)).sum()
 
 
 def index_recall(target: Tensor, chosen: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.cache import attention_width
 from fourfold.model.context import Context, Window, join
-from fourfold.model.indexer import Indexer, index_loss, index_recall
+from fourfold.model.indexer import Indexer, block_loss, index_loss, index_recall
 from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
 
@@ -32,7 +32,7 @@ class MLA(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, indexer: Indexer | None) -> None:
         super().__init__()
         a = cfg.attention
-        self.cfg, self.mode, self.topk = a, cfg.indexer.mode, cfg.indexer.topk
+        self.cfg, self.mode, self.topk, self.block_size = a, cfg.indexer.mode, cfg.indexer.topk, cfg.indexer.block_size
         self.layer, self.slot, self.gather_above = layer, f"layers.{layer}.kv", gather_above(cfg)
         self.heads, self.query_dim = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
         self.scale = self.query_dim**-0.5 * ops.yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
@@ -99,7 +99,10 @@ class MLA(nn.Module):
             ctx.probe.selected.setdefault(self.layer, []).append(chosen.detach())
         if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None:
             target = ops.attention_mass(q, k, chosen, self.scale)
-            ctx.index_losses.append(index_loss(target, ctx.selection.scores[number], chosen))
+            loss = index_loss(target, ctx.selection.scores[number], chosen)
+            if ctx.selection.block_scores:
+                loss = loss + block_loss(target, ctx.selection.block_scores[number], window.visible, self.block_size)
+            ctx.index_losses.append(loss)
             if self.mode == "warmup":  # later the attention itself sees nothing but the selection
                 ctx.index_recalls.append(index_recall(target, ctx.selection.chosen[number]))
         return ops.attention(q, k, v, chosen, self.scale)

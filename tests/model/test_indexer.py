@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fourfold.model.cache import Cache, PagePool, SequenceState
-from fourfold.model.indexer import index_loss, index_recall, index_target, shared_positions
+from fourfold.model.indexer import block_loss, index_loss, index_recall, index_target, shared_positions
 from fourfold.model.probe import Probe
 from fourfold.model.sequence import pack
 from tests.model import plain, tiny
@@ -274,3 +274,40 @@ def test_shared_positions():
     found = torch.tensor([[[0, 3, 5, -1], [1, 2, 3, 4]]])
     wanted = torch.tensor([[[0, 5, 6, -1], [1, 2, 3, 4]]])
     torch.testing.assert_close(shared_positions(found, wanted), torch.tensor([[2 / 3, 1.0]]))
+
+
+def test_summaries_learn_where_the_attention_falls_by_loops():
+    """Blocks that a query sees wholly, weighted by their share of its attention; the gradient is that of a softmax."""
+    torch.manual_seed(0)
+    target, scores = torch.rand(2, 6, 7), torch.randn(2, 6, 3, requires_grad=True)
+    visible = torch.ones(6, 7, dtype=torch.bool).tril().expand(2, -1, -1).clone()
+    visible[1, :, :3] = False  # another sequence of the row
+    target = target.masked_fill(~visible, 0)
+    loss = block_loss(target, scores, visible, 2)
+    wanted = torch.zeros(())
+    for b in range(2):
+        for t in range(6):
+            blocks = [i for i in range(3) if all(visible[b, t, 2 * i : 2 * i + 2])]
+            mass = [float(target[b, t, 2 * i : 2 * i + 2].sum() / target[b, t].sum().clamp_min(1e-12)) for i in blocks]
+            if not blocks:
+                continue
+            logs = scores[b, t, blocks].log_softmax(-1)
+            for share, log in zip(mass, logs, strict=True):
+                wanted = wanted + share * (torch.tensor(share / sum(mass)).log() - log)
+    torch.testing.assert_close(loss, wanted)
+    (grad,) = torch.autograd.grad(loss, scores)
+    assert float(grad.sum(-1).abs().max()) < 1e-6 and float(grad.abs().max()) > 0
+    assert block_loss(torch.rand(1, 1, 1), torch.zeros(1, 1, 0), torch.ones(1, 1, 1, dtype=torch.bool), 2) == 0
+
+
+def test_an_indexer_of_two_levels_learns_its_summaries_too():
+    ids = pack([tiny.text(40)])
+    losses = []
+    for blocks in (0, 2):
+        torch.manual_seed(1)
+        made = indexed(**{"indexer.block_size": 4, "indexer.candidate_blocks": blocks}).train()
+        made.set_indexer_mode("warmup")
+        losses.append(made(ids).index_loss)
+        grads = torch.autograd.grad(losses[-1], [made.layers[0].self_attn.indexer.wk.weight])
+        assert float(grads[0].abs().max()) > 0
+    assert losses[1] > losses[0]
