@@ -135,9 +135,7 @@ def _needles(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str,
     values = names(rng, spec.value, split, "value", spec.keys * spec.values)
     held = {key: values[i * spec.values : (i + 1) * spec.values] for i, key in enumerate(keys)}
     lines = [_line(key, value) for key in keys for value in held[key]]
-    queries = [
-        _query(tokenizer, f"\nWhat is the code of {key}? The code of {key} is", held[key]) for key in keys[: spec.asked]
-    ]
+    queries = [_query(tokenizer, _question(key), held[key]) for key in keys[: spec.asked]]
     room = _room(length, queries)
     encoded = [tokenizer.encode(line) for line in lines]
     rest = room - sum(map(len, encoded))
@@ -145,7 +143,7 @@ def _needles(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str,
         raise RecallError(f"length: {length} tokens cannot hold {task}; {length - rest} are needed")
     if spec.hay == "lines":
         taken = set(keys)
-        hay = _fill(rest, (tokenizer.encode(line) for line in _other_lines(rng, spec, split, taken)))
+        hay = _fill(rest, (tokenizer.encode(_line(*pair)) for pair in _others(rng, spec, split, taken)))
     else:
         sentences = [f" {text}" for text in FILLERS] if spec.hay == "noise" else _prose(rng)
         encode = cache(tokenizer.encode)  # a short document uses few of them, a long one each many times
@@ -160,12 +158,16 @@ def _line(key: str, value: str) -> str:
     return f" The code of {key} is {value}."
 
 
-def _other_lines(rng: Rng, spec: Needles, split: str, taken: set[str]) -> Iterable[str]:
+def _question(key: str) -> str:
+    return f"\nWhat is the code of {key}? The code of {key} is"
+
+
+def _others(rng: Rng, spec: Needles, split: str, taken: set[str]) -> Iterable[tuple[str, str]]:
     while True:
         key = name(rng, spec.key, split, "key")
         if key not in taken:
             taken.add(key)
-            yield _line(key, name(rng, spec.value, split, "value"))
+            yield key, name(rng, spec.value, split, "value")
 
 
 def _prose(rng: Rng, count: int = 512) -> list[str]:
@@ -267,21 +269,22 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
 
 
 def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
-    """Nothing but needles with short values, each asked in its own words: much to look up in few tokens, to learn."""
-    taken: set[str] = set()
-    parts, queries, room = [], [], length - SPARE
-    for line in _other_lines(rng, Needles("lines", value="short"), split, taken):
-        known, value = line.rsplit(" ", 1)
-        query = Query(tokenizer.encode(known), tokenizer.encode(f" {value}"), (value[:-1],))
-        parts.append(tokenizer.encode(line))
-        if sum(map(len, parts)) + len(query.tokens) + len(query.answer) > room:
+    """Nothing but needles with short values, all asked, within the length: much to look up in few tokens, to learn."""
+    parts: list[list[int]] = []
+    queries: list[Query] = []
+    room = length - SPARE
+    for key, value in _others(rng, Needles("lines", value="short"), split, set()):
+        line, query = tokenizer.encode(_line(key, value)), _query(tokenizer, _question(key), [value])
+        room -= len(line) + len(query.tokens) + len(query.answer)
+        if room < 0:
             break
+        parts.append(line)
         queries.append(query)
     if not queries:
-        raise RecallError(f"length: {length} tokens cannot hold {task}")
-    places = np.cumsum([0, *map(len, parts)])[: len(queries)].tolist()
+        raise RecallError(f"length: {length} tokens cannot hold {task}; {length - room} are needed")
+    places = np.cumsum([0, *map(len, parts[:-1])]).tolist()
     order = rng.permutation(len(queries)).tolist()
-    return Recall(task, _join(parts[:-1]), [queries[i] for i in order], tuple(places[i] for i in order))
+    return Recall(task, _join(parts), [queries[i] for i in order], tuple(places[i] for i in order))
 
 
 def _pairs(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
