@@ -118,12 +118,12 @@ def document(
 
 
 def lesson(made: Recall, prefix: Sequence[int] = ()) -> Document:
-    """The context with all questions and answers behind it, to train on. Targets are the answers alone, but of a drill
-    the questions too: what they repeat is learnt first, and the answer is how it goes on."""
+    """The context with all questions and answers behind it, to train on. Targets are the answers alone, but of a
+    rehearsal the questions too: what they repeat is learnt first, and the answer is how it goes on."""
     ids, learn = [*prefix, *made.context.tolist()], [False] * (len(prefix) + len(made.context))
     for query in made.queries:
         ids += query.tokens + query.answer
-        learn += [made.task == "drill"] * len(query.tokens) + [True] * len(query.answer)
+        learn += [made.task == "rehearsal"] * len(query.tokens) + [True] * len(query.answer)
     whole = Document.text(ids)
     following = torch.tensor([*learn[1:], False])
     return Document(whole.tokens, whole.modality, whole.marks, whole.targets.masked_fill(~following, IGNORE))
@@ -269,11 +269,12 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
 
 
 def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
-    """Nothing but needles with short values, all asked, within the length: much to look up in few tokens, to learn."""
+    """Nothing but needles, all with short values or all with numbers, all asked, within the length: much to look up in
+    few tokens, to learn."""
     parts: list[list[int]] = []
     queries: list[Query] = []
     room = length - SPARE
-    for key, value in _others(rng, Needles("lines", value="short"), split, set()):
+    for key, value in _others(rng, Needles("lines", value=pick(rng, ["short", "number"])), split, set()):
         line, query = tokenizer.encode(_line(key, value)), _query(tokenizer, _question(key), [value])
         room -= len(line) + len(query.tokens) + len(query.answer)
         if room < 0:
@@ -321,5 +322,6 @@ TASKS: dict[str, Maker] = {
     "fwe": _words,
     "mqar": _pairs,
     "drill": _drill,
+    "rehearsal": _drill,
 }
-RULER = tuple(task for task in TASKS if task not in ("mqar", "drill"))
+RULER = tuple(task for task in TASKS if task not in ("mqar", "drill", "rehearsal"))
