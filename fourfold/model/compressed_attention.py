@@ -41,15 +41,17 @@ class SharedKVAttention(nn.Module):
     def window_keys(self, kv: Tensor, window: Window, ctx: Context) -> tuple[Tensor, Tensor]:
         """The last ``sliding_window`` positions of each query: keys [B, W + L, D], visible bool [B, L, W + L].
 
-        kv: [T, D]. W is 0 without a cache, else what the tail holds.
+        kv: [T, D]. W is 0 without a cache, else as much of the tail as the longest past fills.
         """
         keys, kept = window.take(kv), 0
         if ctx.cache is not None and window.sequences is not None:
             name = f"layers.{self.layer}.window"
             before = ctx.cache.tail(name, window.sequences).to(keys.dtype)
-            kept = before.shape[1]
-            keys = torch.cat([before, keys], dim=1)
-            ctx.cache.keep(name, window.sequences, keys[:, keys.shape[1] - kept :])
+            rows = before.shape[1]
+            kept = min(rows, window.length - keys.shape[1])
+            both = torch.cat([before, keys], dim=1)
+            ctx.cache.keep(name, window.sequences, both[:, both.shape[1] - rows :])
+            keys = both[:, rows - kept :]
         return keys, window.recent(kept, self.cfg.sliding_window)
 
     def attend(self, q: Tensor, keys: Tensor, visible: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import ModelConfig
+from fourfold.model.cache import Cache
 from fourfold.model.context import Context, Window
 from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
@@ -46,11 +47,10 @@ class Compressor(nn.Module):
     def project(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the tail keeps of each position: values and scores, float32 [T, 2 out]. positions: int64 [T]."""
         with ops.float32_island(x):
-            wide = ops.at_least_float32(x)
-            values = ops.linear(wide, self.kv_proj.weight.to(wide.dtype))
+            values = ops.wide_linear(x, self.kv_proj.weight)
             if self.gate_proj is None:
                 return torch.cat([values, torch.zeros_like(values)], dim=-1)
-            scores = ops.linear(wide, self.gate_proj.weight.to(wide.dtype))
+            scores = ops.wide_linear(x, self.gate_proj.weight)
             if self.position_bias is not None:
                 scores = scores + self.position_bias[positions % self.ratio]
             return torch.cat([values, scores], dim=-1)
@@ -95,7 +95,12 @@ def gather_entries(entries: Entries, values: Tensor, slot: str, window: Window, 
     count = window.length // ratio
     if ctx.cache is None or window.sequences is None:
         return values[:, :count]
-    if entries.numbers.shape[1]:
-        sequences = window.sequences[:, None].expand_as(entries.numbers)[entries.done]
-        ctx.cache.write_entries(slot, values[entries.done], sequences, entries.numbers[entries.done])
+    store_entries(entries, values, slot, window.sequences, ctx.cache)
     return ctx.cache.read(slot, window.sequences, count).to(values.dtype)
+
+
+def store_entries(entries: Entries, values: Tensor, slot: str, sequences: Tensor, cache: Cache) -> None:
+    """Those of ``values`` [B, E, w] whose entries are whole go where ``sequences`` [B] keep them."""
+    if entries.numbers.shape[1]:
+        owners = sequences[:, None].expand_as(entries.numbers)[entries.done]
+        cache.write_entries(slot, values[entries.done], owners, entries.numbers[entries.done])

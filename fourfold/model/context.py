@@ -71,9 +71,9 @@ class Window:
 
 @dataclass
 class Selection:
-    """What an indexer chose for each window: scores float32 [B, L, S] and chosen bool [B, L, S]; or, of keys that lie
-    in the cache, their positions int64 [B, L, topk] alone, ascending, -1 after the last. While it learns to work in two
-    levels, also the scores of whole blocks, float32 [B, L, S // block_size]."""
+    """What an indexer chose for each window: scores float32 [B, L, S] (not of entries in the cache) and chosen bool
+    [B, L, S]; or, of keys that lie in the cache, their positions int64 [B, L, topk] alone, ascending, -1 after the
+    last. While it learns to work in two levels, also the scores of whole blocks, float32 [B, L, S // block_size]."""
 
     scores: list[Tensor]
     chosen: list[Tensor]
@@ -86,11 +86,13 @@ class Selection:
 
     def mask(self, number: int, window: Window) -> Tensor:
         """bool [B, L, S], what was chosen for the window of this number."""
-        if self.chosen:
-            return self.chosen[number]
-        positions = self.positions[number]
-        mask = positions.new_zeros(*positions.shape[:2], window.length + 1, dtype=torch.bool)
-        return mask.scatter_(-1, torch.where(positions < 0, window.length, positions), True)[..., :-1]
+        return self.chosen[number] if self.chosen else chosen_mask(self.positions[number], window.length)
+
+
+def chosen_mask(positions: Tensor, count: int) -> Tensor:
+    """bool [B, L, count]: the keys at ``positions`` int64 [B, L, k], -1 is none."""
+    mask = positions.new_zeros(*positions.shape[:2], count + 1, dtype=torch.bool)
+    return mask.scatter_(-1, torch.where(positions < 0, count, positions), True)[..., :-1]
 
 
 @dataclass
@@ -131,16 +133,14 @@ class Rotary:
 
     def turn(self, x: Tensor, back: bool = False) -> Tensor:
         """The last dimensions of x [T, ..., D] turned by their positions, or ``back``, as interleaved pairs."""
-        return self._turn(x, self.cos, -self.sin if back else self.sin)
+        out: Tensor = ops.apply_rope(x, self.cos, -self.sin if back else self.sin)
+        return out
 
     def turn_at(self, x: Tensor, positions: Tensor) -> Tensor:
         """The last dimensions of x [..., D] turned by ``positions`` [...]."""
         cos, sin = ops.rope_tables(positions.flatten(), self.frequencies, self.rope.attention_factor)
-        return self._turn(x.flatten(0, -2), cos, sin).view_as(x)
-
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        still, turned = x.split([x.shape[-1] - 2 * len(self.frequencies), 2 * len(self.frequencies)], dim=-1)
-        return torch.cat([still, ops.apply_rope(turned, cos, sin)], dim=-1)
+        out: Tensor = ops.apply_rope(x.flatten(0, -2), cos, sin)
+        return out.view_as(x)
 
 
 @dataclass

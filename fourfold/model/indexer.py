@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fourfold import ops
 from fourfold.config import IndexerConfig, ModelConfig
-from fourfold.model.compressor import Compressor, gather_entries
-from fourfold.model.context import Context, Selection, Window
+from fourfold.model.cache import Cache
+from fourfold.model.compressor import Compressor, gather_entries, store_entries
+from fourfold.model.context import Context, Selection, Window, chosen_mask
 
 
 class Indexer(nn.Module):
@@ -38,7 +39,7 @@ class Indexer(nn.Module):
         q, weights = index_queries(x, q_latent, self.wq_b, self.weights_proj, self.cfg)
         q = self._rotate(q, ctx)
         norm = self.k_norm
-        k = F.linear(ops.at_least_float32(x), self.wk.weight.to(q.dtype))
+        k = ops.wide_linear(x, self.wk.weight)
         k = F.layer_norm(k, norm.normalized_shape, norm.weight.to(k.dtype), norm.bias.to(k.dtype), norm.eps)
         k = self._rotate(k, ctx)
         if ctx.cache is not None:
@@ -112,12 +113,25 @@ class EntryIndexer(nn.Module):
             for window in ctx.windows:
                 entries = self.compressor(projected, window, ctx)
                 values = ctx.compress_rotary.turn_at(entries.values, entries.numbers * self.ratio)
+                if ctx.cache is not None and window.sequences is not None and not self.training:
+                    store_entries(entries, values, self.slot, window.sequences, ctx.cache)
+                    selection.chosen.append(self._select_cached(q, weights, window, window.sequences, ctx.cache))
+                    continue
                 keys = gather_entries(entries, values, self.slot, window, self.ratio, ctx)
-                scores = ops.index_scores(q[window.rows], keys, weights[window.rows])
+                scores = ops.index_scores(window.take(q), keys, window.take(weights))
                 selection.scores.append(scores)
                 seen = window.entries(self.ratio)
                 selection.chosen.append(ops.select_topk(scores.detach(), seen, self.cfg.topk))
             return selection
+
+    def _select_cached(self, q: Tensor, weights: Tensor, window: Window, sequences: Tensor, cache: Cache) -> Tensor:
+        """bool [B, L, n], chosen among the entries where they lie."""
+        seen = window.entries(self.ratio)
+        if seen.shape[-1] <= self.cfg.topk:
+            return seen
+        lying = cache.lie(self.slot, sequences)
+        given = window.take(q), window.take(weights), *lying, window.past, self.cfg.topk
+        return chosen_mask(ops.select_positions(*given, ratio=self.ratio), seen.shape[-1])
 
 
 def shared_positions(found: Tensor, wanted: Tensor) -> Tensor:
@@ -130,9 +144,8 @@ def index_queries(
     x: Tensor, q_latent: Tensor, wq_b: nn.Linear, weights_proj: nn.Linear, cfg: IndexerConfig
 ) -> tuple[Tensor, Tensor]:
     """Queries [T, H, D] before their positions, and the weights [T, H] of the heads, in float32."""
-    wide = ops.at_least_float32(x)
-    q = F.linear(ops.at_least_float32(q_latent), wq_b.weight.to(wide.dtype)).unflatten(-1, (cfg.n_heads, -1))
-    weights = F.linear(wide, weights_proj.weight.to(wide.dtype)) * (cfg.n_heads * cfg.head_dim) ** -0.5
+    q = ops.wide_linear(q_latent, wq_b.weight).unflatten(-1, (cfg.n_heads, -1))
+    weights = ops.wide_linear(x, weights_proj.weight) * (cfg.n_heads * cfg.head_dim) ** -0.5
     return q, weights
 
 

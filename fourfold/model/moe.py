@@ -68,8 +68,7 @@ class Router(nn.Module):
         """x: [T, d]. Returns chosen experts int64 [T, K], their weights and all scores [T, E]."""
         cfg = self.cfg
         with ops.float32_island(x):
-            wide = ops.at_least_float32(x)
-            logits = ops.linear(wide, self.weight.to(wide.dtype))
+            logits = ops.wide_linear(x, self.weight)
         scores = score(logits, cfg.scoring_func)
         if self.by_hash:
             indices = self.tid2eid[packed.tokens]

@@ -52,7 +52,8 @@ class HyperConnection(nn.Module):
         """streams: [T, n, d]; f: [T, d] -> [T, d]."""
         cfg = self.cfg
         with ops.float32_island(streams):
-            wide = ops.at_least_float32(streams)  # once for all three
+            # Once for all three where they learn; else each reads half types as they are
+            wide = ops.at_least_float32(streams) if torch.is_grad_enabled() else streams
             maps = (self.fn, self.base, self.scale, cfg.kind != "hc", cfg.hc_sinkhorn_iters, cfg.hc_eps, self.norm_eps)
             pre, post, comb = ops.hyper_maps(wide, *maps)
             if cfg.kind == "mhc_single_pass":

@@ -39,6 +39,7 @@ TWINS: dict[str, tuple[str, ...]] = {
         "rms_norm",
         "select_positions",
         "select_topk",
+        "wide_linear",
     ),
     "triton": (
         "experts",
@@ -97,6 +98,7 @@ attention_mass = _dispatched("attention_mass")
 collapse_streams = _dispatched("collapse_streams")
 decode_layers = _dispatched("decode_layers")
 linear = _dispatched("linear")
+wide_linear = _dispatched("wide_linear")
 experts = _dispatched("experts")
 index_scores = _dispatched("index_scores")
 ngram_rows = _dispatched("ngram_rows")
@@ -219,5 +221,6 @@ __all__ = [
     "sinkhorn",
     "swiglu",
     "unpack_nibbles",
+    "wide_linear",
     "yarn_mscale",
 ]

@@ -63,6 +63,7 @@ def cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
             (wide(2, 3, 4, D), wide(2, 5, 2, D), wide(2, 5, 2, D), wide(4)),
         ),
         "linear": (reference.linear, (wide(T, D), wide(4, D), wide(4))),
+        "wide_linear": (reference.wide_linear, (wide(T, D), wide(4, D))),
         "pool": (reference.pool, (wide(2, 4, D), wide(2, 4, D))),
         "swiglu": (lambda gate, up: reference.swiglu(gate, up, 0.8), (wide(T, D), wide(T, D))),
         "experts": (

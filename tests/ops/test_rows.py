@@ -183,6 +183,17 @@ def test_selection_by_either_unit_keeps_the_best_scores(dtype, matrix, monkeypat
 
 
 @needs_native
+@pytest.mark.parametrize("matrix", ["on", "off"])
+@pytest.mark.parametrize("summaries", [None, torch.ones(3, 4, 5, dtype=torch.bfloat16)], ids=["all", "blocks"])
+def test_a_key_of_several_positions_is_seen_from_the_last_of_them_on(matrix, summaries, monkeypatch):
+    monkeypatch.setenv("FOURFOLD_MATRIX", matrix)
+    keys, q, weights = torch.ones(3, 8, 5, dtype=torch.bfloat16), torch.ones(1, 9, 2, 5), torch.ones(1, 9, 2)
+    for select in (select_positions, reference.select_positions):
+        found = select(q, weights, keys, torch.tensor([[2, 0, 1]]), torch.tensor([1]), 2, summaries, 2, ratio=4)
+        assert found[0].tolist() == [[-1, -1]] * 2 + [[0, -1]] * 4 + [[0, 1]] * 3
+
+
+@needs_native
 @pytest.mark.parametrize("width", [1, 15, 16, 40])
 def test_every_code_is_read_as_what_it_stands_for(width):
     """All codes of fp8 (but its NaN, which no row has) and of int8, through the kernel with the weight of one."""

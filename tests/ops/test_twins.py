@@ -82,6 +82,11 @@ def linear_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     return Case([x, weight, bias], learn=[0, 1] if bias is None else [0, 1, 2])
 
 
+def wide_linear_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
+    x, weight, _ = linear_case(size, dtype, rng).args
+    return Case([x, weight], learn=[0, 1])
+
+
 def rms_norm_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     shape = (length(size, rng, FEW_ROWS + 1), width(size, rng))
     weight = torch.randn(shape[1], dtype=dtype) if rng.random() < 0.7 else None
@@ -96,10 +101,9 @@ def apply_rope_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
     tokens, half = length(size, rng, 40), 1 if size == "one" else rng.randint(2, 20)
     heads = (FEW_NUMBERS // (80 * half) + 1,) if size in ("at", "above") else rng.choice([(), (1,), (3,)])
     angles = torch.randn(tokens, half, dtype=torch.float64).to(of_maps(dtype))
-    learn = rng.choice([[], [0]])
-    return Case(
-        [torch.randn(tokens, *heads, 2 * half, dtype=dtype), angles.cos(), angles.sin(), rng.random() < 0.5], learn
-    )
+    learn, still = rng.choice([[], [0]]), rng.choice([0, 0, 1, 24])
+    x = torch.randn(tokens, *heads, still + 2 * half, dtype=dtype)
+    return Case([x, angles.cos(), angles.sin(), rng.random() < 0.5], learn)
 
 
 def latent_attention_case(size: str, dtype: torch.dtype, rng: random.Random) -> Case:
@@ -231,7 +235,8 @@ def select_positions_case(size: str, dtype: torch.dtype, rng: random.Random) -> 
             torch.randperm(batch * each).view(batch, each),
             past,
             rng.choice([1, 5, 64]),
-            *([summaries, blocks] if rng.random() < 0.7 else []),
+            *((summaries, blocks) if rng.random() < 0.7 else (None, 0)),
+            rng.choice([1, 1, 3, 4]),
         ]
     )
 
@@ -258,6 +263,7 @@ CASES: dict[str, Callable[[str, torch.dtype, random.Random], Case]] = {
     "rms_norm": rms_norm_case,
     "select_positions": select_positions_case,
     "select_topk": select_topk_case,
+    "wide_linear": wide_linear_case,
 }
 
 

@@ -5,7 +5,7 @@ from fourfold.ops.cpu.decode import decode_layers
 from fourfold.ops.cpu.experts import experts
 from fourfold.ops.cpu.index import select_positions, select_topk
 from fourfold.ops.cpu.latent import latent_attention
-from fourfold.ops.cpu.linear import linear
+from fourfold.ops.cpu.linear import linear, wide_linear
 from fourfold.ops.cpu.norm import rms_norm
 from fourfold.ops.cpu.quantized import pack_weight, quantized_experts, quantized_linear
 from fourfold.ops.cpu.rope import apply_rope
@@ -32,4 +32,5 @@ __all__ = [
     "rms_norm",
     "select_positions",
     "select_topk",
+    "wide_linear",
 ]

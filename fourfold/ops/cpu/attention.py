@@ -2,7 +2,8 @@
 
 Training, and anything with sinks, goes block by block of queries: a block reads only the keys that some query of it
 sees (a causal past, a window, a document, a selection), in float32, and its probabilities are computed again in the
-backward pass. The rest is torch's fused kernel.
+backward pass. So does bfloat16 that nobody learns from, by the matrix unit where there is one. The rest is the fused
+kernel of torch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ STEP = 64  # keys of a block are filled up to a multiple of it: oneDNN compiles 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """See :func:`fourfold.ops.reference.attention`."""
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if (learns or sinks is not None) and q.shape[1] >= BLOCK // 2:
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, sinks) if t is not None)
+    several = q.shape[1] >= BLOCK // 2
+    half = all(t.dtype == torch.bfloat16 for t in (q, k, v))
+    if half and not learns and (several or sinks is not None) and q.numel() and native.matrix_unit():
+        return _half_attention(q, k, v, visible, scale, sinks)
+    if (learns or sinks is not None) and several:
         compiled = q.dtype != torch.float64 and native.library() is not None
         way = _Native if compiled else _Attention
         out: Tensor = way.apply(q, k, v, visible, scale, sinks)  # type: ignore[no-untyped-call]
@@ -47,6 +52,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, si
         enable_gqa=True,
     )
     return o.transpose(1, 2)[..., :narrow]
+
+
+def _half_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+    """By the matrix unit, which takes bfloat16 as it is."""
+    given = [t.detach().contiguous() for t in (q, k, v)]
+    visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+    fine = None if sinks is None else sinks.detach().float().contiguous()
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    library = native.library()
+    assert library is not None
+    library.ff_half_attention(
+        *(t.data_ptr() for t in given),
+        *_where(visible),
+        None if fine is None else fine.data_ptr(),
+        out.data_ptr(),
+        *_sizes(q, k, v),
+        scale,
+        team(),
+    )
+    return out
 
 
 def attention_mass(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -28,7 +28,7 @@ class _Step(ctypes.Structure):
         ("pages", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("half_pages", "page_stride", "page_size")),
         ("tables", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("table_width", "threads")),
+        *((name, ctypes.c_int64) for name in ("table_width", "threads", "vectors")),
     ]
 
 
@@ -95,6 +95,7 @@ def decode_layers(streams: Tensor, layers: DecodeLayers, state: DecodeState, fir
         tables.data_ptr(),
         tables.shape[1],
         team(),
+        not native.matrix_unit(),
     )
     table = known.table.data_ptr() + first * known.table.shape[1] * 8
     where = *known.fixed, ctypes.addressof(step), known.frequencies.data_ptr(), out.data_ptr()

@@ -1,4 +1,7 @@
-"""Experts as matrix products over tokens sorted by expert, with a backward pass of its own; of few tokens compiled."""
+"""Experts as matrix products over tokens sorted by expert, with a backward pass of its own.
+
+Where nobody learns they are compiled: those of few tokens, and those in bfloat16 that the matrix unit can take.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,16 @@ from fourfold.ops.cpu.threads import team
 
 COMPILED = 256  # (token, expert) pairs of decoding: more are worth matrix products
 FEW = 64  # below this many (token, expert) pairs the sort costs more than it saves
+TILE = 32  # rows and columns of weights that the matrix unit takes at once
 STEP = 64  # rows of an expert are filled up to a multiple of it: oneDNN compiles each new shape
 
 
 def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float = 0.0) -> Tensor:
     """See :func:`fourfold.ops.reference.experts`."""
-    if _compilable(x, indices, weights, gate_up, down):
+    compilable = _compilable(x, weights, gate_up, down)
+    if compilable and indices.numel() > COMPILED and _fit_tiles(down) and native.matrix_unit():
+        return _half_experts(x, indices, weights, gate_up, down, limit)
+    if compilable and 0 < indices.numel() <= COMPILED:
         rows, chosen, shares = x.float().contiguous(), indices.contiguous(), weights.float().contiguous()
         y = torch.empty_like(rows)
         library = native.library()
@@ -48,8 +55,36 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: 
     return out
 
 
-def _compilable(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    if not 0 < indices.numel() <= COMPILED or gate_up.dtype not in (torch.float32, torch.bfloat16):
+def _half_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+    """By the matrix unit, which takes bfloat16 as it is."""
+    rows, chosen, shares = x.contiguous(), indices.contiguous(), weights.float().contiguous()
+    y = torch.empty(rows.shape)
+    library = native.library()
+    assert library is not None
+    library.ff_half_experts(
+        gate_up.data_ptr(),
+        down.data_ptr(),
+        rows.data_ptr(),
+        *rows.shape,
+        down.shape[-1],
+        len(down),
+        chosen.data_ptr(),
+        shares.data_ptr(),
+        chosen.shape[1],
+        limit,
+        y.data_ptr(),
+        team(),
+    )
+    return y.to(x.dtype)
+
+
+def _fit_tiles(down: Tensor) -> bool:
+    """Whether the matrix unit can take the weights as they lie; down: [E, d, I]."""
+    return down.dtype == torch.bfloat16 and down.shape[1] % TILE == 0 and down.shape[2] % TILE == 0
+
+
+def _compilable(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    if gate_up.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not (gate_up.dtype == down.dtype == x.dtype and gate_up.is_contiguous() and down.is_contiguous()):
         return False

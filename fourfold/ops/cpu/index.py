@@ -34,6 +34,7 @@ def select_positions(
     k: int,
     summaries: Tensor | None = None,
     blocks: int = 0,
+    ratio: int = 1,
 ) -> Tensor:
     """See :func:`fourfold.ops.reference.select_positions`; by the compiled kernel.
 
@@ -44,7 +45,7 @@ def select_positions(
     fits = all(t.dtype == keys.dtype and t.stride()[1:] == (t.shape[-1], 1) for t in lying)
     fits = fits and keys.dtype in FORMATS and q.dtype == weights.dtype == torch.float32
     if not fits or route() != "native":
-        return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks)
+        return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks, ratio)
     q, weights, pages, past = (t.detach().contiguous() for t in (q, weights, pages, past))
     out = torch.empty(*q.shape[:2], k, dtype=torch.int64)
     library = native.library()
@@ -61,6 +62,7 @@ def select_positions(
         1 if summaries is None else keys.shape[1] // summaries.shape[1],
         blocks,
         past.data_ptr(),
+        ratio,
         q.data_ptr(),
         weights.data_ptr(),
         *q.shape,

@@ -1,4 +1,4 @@
-"""RMSNorm of a few rows in one call."""
+"""RMSNorm in one call: of a few rows, and of half types that nobody learns from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
+from fourfold.ops.cpu.threads import team
 
 TYPES = (torch.float32, torch.bfloat16)
-FEW = 16  # rows, of decoding: more are worth torch's threads
+FEW = 16  # float32 rows, of decoding: more are worth torch's threads
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -18,17 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     width = x.shape[-1]
     usable = x.dtype in TYPES and (weight is None or (weight.dtype in TYPES and weight.dim() == 1))
     learns = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    if library is None or not usable or learns or x.numel() > FEW * width or not x.numel():
+    half = x.dtype == torch.bfloat16
+    if library is None or not usable or learns or not x.numel() or (x.numel() > FEW * width and not half):
         return reference.rms_norm(x, weight, eps)
-    wide, weight = x.float().contiguous(), None if weight is None else weight.float().contiguous()
-    out = torch.empty_like(wide)
-    library.ff_rms_norm(
-        wide.data_ptr(),
-        None,
-        None if weight is None else weight.data_ptr(),
-        out.data_ptr(),
-        x.numel() // width,
-        width,
-        eps,
-    )
-    return out.to(x.dtype)
+    x, weight = x.contiguous(), None if weight is None else weight.float().contiguous()
+    out, at = torch.empty_like(x), None if weight is None else weight.data_ptr()
+    rows = x.numel() // width
+    if half:
+        library.ff_half_rms_norm(x.data_ptr(), at, out.data_ptr(), rows, width, eps, team())
+    else:
+        library.ff_rms_norm(x.data_ptr(), None, at, out.data_ptr(), rows, width, eps)
+    return out

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
-from fourfold.ops.cpu.linear import product
+from fourfold.ops.cpu.linear import product, wide_linear
 from fourfold.ops.cpu.threads import team
 from fourfold.ops.reference.norm import at_least_float32
 
@@ -147,14 +147,16 @@ def hyper_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fourfold.ops.reference.hyper_maps`."""
     if doubly_stochastic and (library := _compiled(x, fn, base, scale)):
-        (rows, n, d), threads = x.shape, team()
-        x, fn, base, scale = _wide(x, fn, base, scale)
-        mixed = product(x.flatten(1), fn) if rows > FEW else None
-        pre, post, comb = x.new_empty(rows, n), x.new_empty(rows, n), x.new_empty(rows, n, n)
-        inputs = [t.data_ptr() for t in (x, fn, base, scale)]
-        outputs = [t.data_ptr() for t in (pre, post, comb)]
-        known = None if mixed is None else mixed.data_ptr()
-        library.ff_hyper_maps(*inputs, known, rows, n, n * d, iterations, eps, norm_eps, *outputs, threads)
+        rows, n, d = x.shape
+        pre, post, comb = torch.empty(rows, n), torch.empty(rows, n), torch.empty(rows, n, n)
+        rest = rows, n, n * d, iterations, eps, norm_eps, *(t.data_ptr() for t in (pre, post, comb)), team()
+        if x.dtype == torch.bfloat16 and rows > FEW:
+            inputs = [x.contiguous(), *_wide(base, scale), wide_linear(x.flatten(1), fn)]
+            library.ff_half_hyper_maps(*(t.data_ptr() for t in inputs), *rest)
+            return pre, post, comb
+        inputs = _wide(x, fn, base, scale)
+        known = product(inputs[0].flatten(1), inputs[1]) if rows > FEW else None
+        library.ff_hyper_maps(*(t.data_ptr() for t in inputs), None if known is None else known.data_ptr(), *rest)
         return pre, post, comb
     if not (doubly_stochastic and _worth_compiling(x)):
         return reference.hyper_maps(x, fn, base, scale, doubly_stochastic, iterations, eps, norm_eps)
@@ -167,10 +169,11 @@ def hyper_maps(
 def read_streams(x: Tensor, pre: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.read_streams`."""
     if library := _compiled(x, pre):
-        wide, weights = _wide(x, pre)
-        out = wide.new_empty(len(x), x.shape[2])
-        library.ff_read_streams(wide.data_ptr(), weights.data_ptr(), *x.shape, out.data_ptr(), team())
-        return out.to(x.dtype)
+        read = library.ff_half_read_streams if x.dtype == torch.bfloat16 else library.ff_read_streams
+        x, (weights,) = x.contiguous(), _wide(pre)
+        out = x.new_empty(len(x), x.shape[2])
+        read(x.data_ptr(), weights.data_ptr(), *x.shape, out.data_ptr(), team())
+        return out
     if not (_worth_compiling(x) and x.dtype == pre.dtype):
         return reference.read_streams(x, pre)
     learnt: Tensor = _apply(_Read, x.contiguous(), pre.contiguous())
@@ -180,11 +183,11 @@ def read_streams(x: Tensor, pre: Tensor) -> Tensor:
 def mix_streams(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.mix_streams`."""
     if library := _compiled(x, y, post, comb):
-        inputs = _wide(x, y, post, comb)
+        mix = library.ff_half_mix_streams if x.dtype == torch.bfloat16 else library.ff_mix_streams
+        inputs = x.contiguous(), y.to(x.dtype).contiguous(), *_wide(post, comb)
         out = torch.empty_like(inputs[0])
-        pointers = [t.data_ptr() for t in inputs]
-        library.ff_mix_streams(*pointers, *x.shape, out.data_ptr(), team())
-        return out.to(x.dtype)
+        mix(*(t.data_ptr() for t in inputs), *x.shape, out.data_ptr(), team())
+        return out
     if not (_worth_compiling(x) and x.dtype == post.dtype):
         return reference.mix_streams(x, y, post, comb)
     learnt: Tensor = _apply(_Mix, x.contiguous(), y.to(x.dtype).contiguous(), post.contiguous(), comb.contiguous())

@@ -31,7 +31,7 @@ from fourfold.ops.reference.index import (
     select_positions,
     select_topk,
 )
-from fourfold.ops.reference.linear import linear
+from fourfold.ops.reference.linear import linear, wide_linear
 from fourfold.ops.reference.ngram import ngram_rows
 from fourfold.ops.reference.norm import rms_norm
 from fourfold.ops.reference.pool import pool
@@ -105,5 +105,6 @@ __all__ = [
     "sinkhorn",
     "swiglu",
     "unpack_nibbles",
+    "wide_linear",
     "yarn_mscale",
 ]

@@ -62,15 +62,17 @@ def select_positions(
     k: int,
     summaries: Tensor | None = None,
     blocks: int = 0,
+    ratio: int = 1,
 ) -> Tensor:
     """:func:`select_topk` of :func:`index_scores` over cached pages, as positions.
 
     q, weights: of :func:`index_scores`; keys: [P, page_size, row_width of D], rows of any format; pages: int64 [B, m],
     those of each sequence; past: int64 [B], positions before the first query; summaries: [P, page_size / size,
-    row_width of D], then among the :func:`candidate_keys` alone. Returns int64 [B, L, k], ascending, -1 after the last.
+    row_width of D], then among the :func:`candidate_keys` alone; ratio: positions that a key stands for, which is seen
+    from the last of them on. Returns int64 [B, L, k], ascending, -1 after the last.
     """
     rows = decode_rows(keys[pages].flatten(1, 2), [q.shape[-1]])
-    positions = past[:, None] + torch.arange(q.shape[1], device=q.device)
+    positions = (past[:, None] + torch.arange(1, q.shape[1] + 1, device=q.device)) // ratio - 1  # newest key of each
     number = torch.arange(rows.shape[1], device=q.device)
     visible = number <= positions[..., None]
     if summaries is not None:

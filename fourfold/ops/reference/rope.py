@@ -49,11 +49,13 @@ def rope_tables(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> 
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
-    """Rotates the last axis of x.
+    """Rotates the last ``dim`` numbers of x; those before them stay.
 
-    x: [T, ..., dim]; cos, sin: [T, dim/2]. ``interleaved`` pairs are (0, 1), (2, 3), ...; otherwise
+    x: [T, ..., width]; cos, sin: [T, dim/2]. ``interleaved`` pairs are (0, 1), (2, 3), ...; otherwise
     pair i is (i, i + dim/2). The layout of the result is that of x, so keys may be cached.
     """
+    if still := x.shape[-1] - 2 * cos.shape[-1]:
+        return torch.cat([x[..., :still], apply_rope(x[..., still:], cos, sin, interleaved)], dim=-1)
     shape = (len(cos),) + (1,) * (x.dim() - 2) + (cos.shape[-1],)
     cos, sin = cos.view(shape), sin.view(shape)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)

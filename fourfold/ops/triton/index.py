@@ -56,19 +56,20 @@ def select_positions(
     k: int,
     summaries: Tensor | None = None,
     blocks: int = 0,
+    ratio: int = 1,
 ) -> Tensor:
     """See :func:`fourfold.ops.reference.select_positions`. One level; with summaries the reference."""
     if summaries is not None or not fits(q, weights, keys):
-        return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks)
+        return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks, ratio)
     size, queries = keys.shape[1], q.shape[1]
-    limit = past[:, None, None] + torch.arange(queries, device=q.device)[:, None]
+    seen = (past[:, None, None] + torch.arange(1, queries + 1, device=q.device)[:, None]) // ratio
     best = torch.full((len(q), queries, k), -torch.inf, device=q.device)
     places = torch.full(best.shape, -1, dtype=torch.int64, device=q.device)
     step = max(1, CHUNK // size)
     for first in range(0, pages.shape[1], step):
         rows = keys[pages[:, first : first + step]].flatten(1, 2)
         number = first * size + torch.arange(rows.shape[1], device=q.device)
-        scores = index_scores(q, rows, weights).masked_fill(number > limit, -torch.inf)
+        scores = index_scores(q, rows, weights).masked_fill(number >= seen, -torch.inf)
         # newest first, so that a stable sort leaves the newest of equal ones before the others
         scores = torch.cat([scores.flip(-1), best], dim=-1)
         number = torch.cat([number.flip(0).expand(*best.shape[:2], -1), places], dim=-1)

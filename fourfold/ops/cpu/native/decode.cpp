@@ -51,7 +51,7 @@ struct Step {
     Array pages;
     int64_t page_stride, page_size;
     const int64_t* tables;
-    int64_t table_width, threads;
+    int64_t table_width, threads, vectors;  // vectors: whether a matrix unit is left aside
 };
 
 struct Product {
@@ -135,7 +135,7 @@ struct Decoder {
     std::vector<float> streams, other, pre, post, comb, mixed, read, x, y, parameters;
     std::vector<float> latent, kv, q, o, grouped, pooled, index_pooled, index_q, index_weights, one;
     std::vector<float> logits, shares, gate, up, sums;
-    std::vector<int64_t> seen, newest, chosen, experts;
+    std::vector<int64_t> seen, chosen, experts;
     std::vector<SharedKeys> keys;
 
     Decoder(const Sizes& sizes, const Factors& factors, const Step& step, const float* plain, const float* compress)
@@ -231,10 +231,10 @@ struct Decoder {
     // Numbers of the entries that each query attends to; where those are all, none are named
     void select(const Layer& layer) {
         const int64_t per_page = step.page_size / layer.ratio;
-        seen.resize(T), newest.resize(T), chosen.clear();
+        seen.resize(T), chosen.clear();
         bool all = true;
         for (int64_t t = 0; t < T; t++) {
-            seen[t] = (step.positions[t] + 1) / layer.ratio, newest[t] = seen[t] - 1;
+            seen[t] = (step.positions[t] + 1) / layer.ratio;
             all = all && seen[t] <= z.topk;
         }
         if (all || !layer.index_q) return;
@@ -242,8 +242,9 @@ struct Decoder {
         for (float& weight : index_weights) weight *= factor;
         chosen.resize(T * z.topk);
         ff_select_positions(step.pages.from(layer.keys).at, nullptr, int(step.pages.half), step.tables, step.table_width,
-                            step.page_stride, 0, per_page, 1, 0, newest.data(), index_q.data(), index_weights.data(), T,
-                            1, z.index_heads, z.index_head, z.topk, chosen.data(), threads);
+                            step.page_stride, 0, per_page, 1, 0, step.positions, layer.ratio, index_q.data(),
+                            index_weights.data(), T, 1, z.index_heads, z.index_head, z.topk, chosen.data(),
+                            int(step.vectors), threads);
         for (int64_t t = 0; t < T; t++) seen[t] = std::min(seen[t], z.topk);
     }
 

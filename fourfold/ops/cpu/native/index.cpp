@@ -11,7 +11,8 @@
 #include <vector>
 
 #include "clones.h"
-#include "matrix.h"
+#include "index_matrix.h"
+#include "kernels.h"
 #include "rows.h"
 #include "team.h"
 
@@ -197,8 +198,7 @@ struct ByMatrix {
         }
     }
     MATRIX void begin(const float* q, const float* weights, int64_t count, int64_t heads, int64_t n) {
-        static const matrix::Configuration configuration;
-        _tile_loadconfig(&configuration);
+        matrix::configure();
         queries.lay_out(q, weights, count, heads, n);
         width = n, space.assign(depth(width) * CHUNK, 0);
     }
@@ -224,7 +224,7 @@ struct ByMatrix {
                 }
             }
     }
-    MATRIX void end() { _tile_release(); }
+    MATRIX void end() { matrix::release(); }
 };
 #endif
 
@@ -233,11 +233,13 @@ struct Request {
     Rows keys, summaries;  // without data where every key is scored
     int64_t block, blocks;
     const int64_t* past;
+    int64_t ratio;
     const float *q, *weights;
     int64_t batch, queries, heads, k;
     int64_t* out;
 
-    int64_t own_block(int64_t b, int64_t t) const { return (past[b] + t) / block; }
+    int64_t seen(int64_t b, int64_t t) const { return (past[b] + t + 1) / ratio; }  // keys, by a query
+    int64_t own_block(int64_t b, int64_t t) const { return std::max<int64_t>(seen(b, t) - 1, 0) / block; }
     bool in_two_levels(int64_t b, int64_t last) const { return summaries.data && own_block(b, last) >= blocks; }
 };
 
@@ -262,7 +264,7 @@ template <class Scoring> struct Summaries {
 template <class Scoring>
 void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, int64_t first, int64_t last) {
     static thread_local Scoring scoring;
-    const int64_t at = b * r.queries + first, past = r.past[b] + first, count = last - first, width = r.keys.width;
+    const int64_t at = b * r.queries + first, count = last - first, width = r.keys.width;
     const bool scaled = r.keys.format >= INT8;
     scoring.begin(r.q + at * r.heads * width, r.weights + at * r.heads, count, r.heads, width);
     float scores[TILE * CHUNK], scales[CHUNK];
@@ -274,13 +276,13 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
             const auto* keys = scoring.find(r.keys, b, s, there, scales);
             scoring.score(keys, scaled ? scales : nullptr, t, until, there, scores);
             for (int64_t each = t; each < until; each++) {
-                const int64_t n = std::min(there, past + each + 1 - s);
+                const int64_t n = std::min(there, r.seen(b, first + each) - s);
                 if (n > 0) best[each].offer(scores + each * CHUNK, n, s);
             }
         }
     };
     if (!r.in_two_levels(b, last - 1)) {  // no block is left out
-        offer_keys(0, past + count, 0, count);
+        offer_keys(0, r.seen(b, last - 1), 0, count);
     } else {
         std::vector<Best> near(count, Best{r.blocks - 1});
         const int64_t size = Scoring::depth(width) * CHUNK, newest = r.own_block(b, last - 1);
@@ -301,7 +303,7 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
             for (size_t i = 0; i < blocks.size(); i++) {
                 if (i + AHEAD < blocks.size()) expect(r.keys, b, blocks[i + AHEAD].second * r.block, r.block);
                 const int64_t start = blocks[i].second * r.block;
-                offer_keys(start, std::min(start + r.block, past + t + 1), t, t + 1);
+                offer_keys(start, std::min(start + r.block, r.seen(b, first + t)), t, t + 1);
             }
         }
     }
@@ -328,17 +330,17 @@ template <class Scoring> void select_all(const Request& r, int threads) {
 
 // keys: rows of `width` numbers in pages, in a format of rows.h; page_stride, summary_stride: in elements; summaries:
 // one such row for each `block` keys of a page, or null: every key is scored; past: int64 [batch], positions before
-// the first query; blocks: how many a query may look into, its own among them; q: float [batch, queries, heads, width];
-// weights: float [batch, queries, heads]; vectors: whether a matrix unit is left aside. out: int64 [batch, queries, k],
-// ascending positions, -1 after the last.
+// the first query; ratio: positions that a key stands for, which is seen from the last of them on; blocks: how many a
+// query may look into, its own among them; q: float [batch, queries, heads, width]; weights: float [batch, queries,
+// heads]; vectors: whether a matrix unit is left aside. out: int64 [batch, queries, k], ascending, -1 after the last.
 extern "C" void ff_select_positions(const void* keys, const void* summaries, int format, const int64_t* pages,
                                     int64_t n_pages, int64_t page_stride, int64_t summary_stride, int64_t page_size,
-                                    int64_t block, int64_t blocks, const int64_t* past, const float* q, const float* weights,
-                                    int64_t batch, int64_t queries, int64_t heads, int64_t width, int64_t k,
+                                    int64_t block, int64_t blocks, const int64_t* past, int64_t ratio, const float* q,
+                                    const float* weights, int64_t batch, int64_t queries, int64_t heads, int64_t width, int64_t k,
                                     int64_t* out, int vectors, int threads) {
     const Request request{{keys, format, pages, n_pages, page_stride, page_size, width},
                           {summaries, format, pages, n_pages, summary_stride, page_size / block, width},
-                          block, blocks, past, q, weights, batch, queries, heads, k, out};
+                          block, blocks, past, ratio, q, weights, batch, queries, heads, k, out};
 #ifdef HAS_MATRIX
     if (!vectors && format != FLOAT32 && matrix::is_there()) return select_all<ByMatrix>(request, threads);
 #endif

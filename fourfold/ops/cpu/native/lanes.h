@@ -34,6 +34,15 @@ INLINE float number(uint16_t bfloat16) {
     return x;
 }
 
+// Rounded to bfloat16, the `some` of sixteen that there is room for
+INLINE void store_some(uint16_t* to, Lanes v, int64_t some) {
+    const WordLanes bits = (WordLanes)v;
+    const HalfLanes half = __builtin_convertvector((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, HalfLanes);
+    std::memcpy(to, &half, some >= LANES ? sizeof half : some * 2);
+}
+
+INLINE void store_some(float* to, Lanes v, int64_t some) { std::memcpy(to, &v, some >= LANES ? sizeof v : some * 4); }
+
 INLINE float sum(Lanes v) {
     v += __builtin_shuffle(v, IntLanes{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
     v += __builtin_shuffle(v, IntLanes{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});

@@ -1,13 +1,11 @@
-// Index scores by the matrix unit of recent Xeons (AMX), which multiplies 16 keys with 16 heads at once.
-//
-// Keys in bfloat16, int8 or e4m3 are bfloat16 numbers without loss. A query is the sum of two of those, which keeps
-// 16 bits of it: a score is off by no more than float32 keys and sums would be.
+// The matrix unit of recent Xeons (AMX): eight tiles of 16 rows of 64 bytes, and sums of products of bfloat16 between
+// them. A product is C [16, 16] += A [16, 32] B [32, 16], in float32; A lies row by row, B with two rows side by side.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "rows.h"
+#include "lanes.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define HAS_MATRIX 1
@@ -15,11 +13,11 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define MATRIX __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))
+#define MATRIX __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
 
 namespace matrix {
 
-constexpr int64_t DEPTH = 32, HEADS = 8, TILE = 512;  // numbers of a key, heads of a query in a tile; numbers of it
+constexpr int64_t SIDE = 16, DEPTH = 32, TILE = 512;  // rows of a tile, numbers in one of A's, numbers in all
 
 // Whether the processor has one and the system lets this process use it
 inline bool is_there() {
@@ -28,6 +26,7 @@ inline bool is_there() {
         constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & BF16) == 0 || (d & TILES) == 0) return false;
         if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return false;
+        if (!__builtin_cpu_supports("avx512bf16")) return false;
         return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
     }();
     return found;
@@ -39,99 +38,108 @@ struct alignas(64) Configuration {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Around what a thread computes with tiles
+MATRIX inline void configure() {
+    static const Configuration configuration;
+    _tile_loadconfig(&configuration);
+}
+MATRIX inline void release() { _tile_release(); }
+
 inline uint16_t to_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Queries laid out for the unit: for each pair of queries, eight heads and 32 numbers a tile of what is left of them
-// when rounded, and one of the rest; and the weights of the heads, 0 where there is none.
-struct Queries {
-    int64_t groups, steps;
-    std::vector<uint16_t> tiles;
-    std::vector<float> weights;
+// Memory from the beginning of a cache line on, for a row of a tile is one; what was in it is lost
+template <class T> class Space {
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> lines;
 
-    void lay_out(const float* q, const float* weight, int64_t count, int64_t heads, int64_t width) {
-        groups = (heads + HEADS - 1) / HEADS, steps = (width + DEPTH - 1) / DEPTH;
-        const int64_t pairs = (count + 1) / 2;
-        tiles.assign(pairs * groups * steps * 2 * TILE, 0);
-        weights.assign(pairs * groups * 2 * HEADS, 0.f);
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t group = i / 2 * groups + h / HEADS, column = i % 2 * HEADS + h % HEADS;
-                weights[group * 2 * HEADS + column] = weight[i * heads + h];
-                for (int64_t k = 0; k < width; k++) {
-                    uint16_t* tile = tiles.data() + (group * steps + k / DEPTH) * 2 * TILE;
-                    const int64_t at = k % DEPTH / 2 * DEPTH + column * 2 + k % 2;
-                    const float x = q[(i * heads + h) * width + k];
-                    tile[at] = to_bfloat16(x);
-                    tile[TILE + at] = to_bfloat16(x - number(tile[at]));
-                }
-            }
+public:
+    T* room(int64_t count) {
+        const size_t wanted = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+        if (lines.size() < wanted) lines.resize(wanted);
+        return reinterpret_cast<T*>(lines.data());
     }
 };
 
-// out[0 .. 16 N - 1] and out[stride ..]: the scores of 16 N keys, rows of 32 * steps numbers, for a pair; N: 1, 2 or 4.
-// Several tiles at once, for each waits long for the one before it.
-template <int N> MATRIX void score_pair(const Queries& queries, int64_t pair, const uint16_t* keys, float* out, int64_t stride) {
-    const int64_t depth = queries.steps * DEPTH, tile = 16 * depth, bytes = depth * 2;
-    Lanes totals[2 * N] = {};  // sums over the heads of both, of eight keys each
-    alignas(64) float products[N][LANES * LANES];
-    for (int64_t g = pair * queries.groups; g < (pair + 1) * queries.groups; g++) {
+// Sixteen floats rounded to the `some` bfloat16 numbers that there is room for
+MATRIX inline void store_rounded(uint16_t* to, Lanes x, int64_t some = LANES) {
+    const __mmask16 there = some >= LANES ? 0xFFFF : (1 << some) - 1;
+    _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+
+// Sixteen words of two floats each, rounded
+MATRIX inline void store_side_by_side(uint16_t* to, Lanes first, Lanes second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// Sixteen words of two bfloat16 numbers each: first[i] and second[i], of the `some` that there are; null: zeros
+MATRIX inline Lanes side_by_side(const uint16_t* first, const uint16_t* second, int64_t some) {
+    const __mmask16 there = some >= LANES ? 0xFFFF : (1 << some) - 1;
+    const __m512i low = first ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, first)) : __m512i{};
+    const __m512i high = second ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, second)) : __m512i{};
+    return (Lanes)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// B of 16 rows that become its columns, a tile for each 32 numbers of them; null: zeros
+MATRIX inline void lay_columns(const uint16_t* const* rows, int64_t width, uint16_t* tiles) {
+    for (int64_t k = 0; k < width; k += DEPTH, tiles += TILE) {
+        const __mmask32 there = width - k >= DEPTH ? ~0u : (1u << (width - k)) - 1;
+        Lanes words[SIDE];
+        for (int64_t i = 0; i < SIDE; i++)
+            words[i] = rows[i] ? (Lanes)_mm512_maskz_loadu_epi16(there, rows[i] + k) : Lanes{};
+        transpose(words);
+        for (int64_t i = 0; i < SIDE; i++) std::memcpy(tiles + i * DEPTH, words + i, sizeof(Lanes));
+    }
+}
+
+// B of 32 rows that stay its rows, a tile for each 16 numbers of them; null: zeros
+MATRIX inline void lay_rows(const uint16_t* const* rows, int64_t width, uint16_t* tiles) {
+    for (int64_t n = 0; n < width; n += SIDE, tiles += TILE)
+        for (int64_t i = 0; i < SIDE; i++) {
+            const uint16_t *first = rows[2 * i], *second = rows[2 * i + 1];
+            const Lanes words = side_by_side(first ? first + n : nullptr, second ? second + n : nullptr, width - n);
+            std::memcpy(tiles + i * DEPTH, &words, sizeof words);
+        }
+}
+
+// c [32, 32], rows `width` apart, = A B over `steps` tiles: rows of A `row` apart, tiles of B `step` apart, and those of
+// its other sixteen columns `column` after them; MORE: added to what c holds. Four tiles of C at once, so that each tile
+// read serves twice.
+template <bool MORE = false>
+MATRIX inline void multiply(const uint16_t* a, int64_t row, const uint16_t* b, int64_t step, int64_t column,
+                            int64_t steps, float* c, int64_t width) {
+    if constexpr (MORE) {
+        _tile_loadd(0, c, width * 4);
+        _tile_loadd(1, c + SIDE, width * 4);
+        _tile_loadd(2, c + SIDE * width, width * 4);
+        _tile_loadd(3, c + SIDE * width + SIDE, width * 4);
+    } else {
         _tile_zero(0);
-        if constexpr (N > 1) _tile_zero(1);
-        if constexpr (N > 2) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        for (int64_t k = 0; k < queries.steps; k++) {
-            const uint16_t *query = queries.tiles.data() + (g * queries.steps + k) * 2 * TILE, *key = keys + k * DEPTH;
-            _tile_loadd(4, query, 64);
-            _tile_loadd(5, query + TILE, 64);
-            _tile_loadd(6, key, bytes);
-            _tile_dpbf16ps(0, 6, 4);
-            _tile_dpbf16ps(0, 6, 5);
-            if constexpr (N > 1) {
-                _tile_loadd(7, key + tile, bytes);
-                _tile_dpbf16ps(1, 7, 4);
-                _tile_dpbf16ps(1, 7, 5);
-            }
-            if constexpr (N > 2) {
-                _tile_loadd(6, key + 2 * tile, bytes);
-                _tile_dpbf16ps(2, 6, 4);
-                _tile_dpbf16ps(2, 6, 5);
-                _tile_loadd(7, key + 3 * tile, bytes);
-                _tile_dpbf16ps(3, 7, 4);
-                _tile_dpbf16ps(3, 7, 5);
-            }
-        }
-        _tile_stored(0, products[0], 64);
-        if constexpr (N > 1) _tile_stored(1, products[1], 64);
-        if constexpr (N > 2) {
-            _tile_stored(2, products[2], 64);
-            _tile_stored(3, products[3], 64);
-        }
-        const Lanes weight = load(queries.weights.data() + g * 2 * HEADS);
-        for (int n = 0; n < N; n++) {
-            Lanes rows[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                const Lanes dots = load(products[n] + i * LANES);
-                rows[i] = (dots > 0.f ? dots : Lanes{}) * weight;
-            }
-#pragma GCC unroll 3
-            for (int d = 1; d < HEADS; d *= 2)
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i += 2 * d) rows[i] = fold(rows[i], rows[i + d], d);
-            totals[2 * n] += rows[0], totals[2 * n + 1] += rows[HEADS];
-        }
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
     }
-    for (int i = 0; i < 2 * N; i++) {
-        const char* from = reinterpret_cast<const char*>(totals + i);
-        std::memcpy(out + i * HEADS, from, HEADS * 4);
-        std::memcpy(out + stride + i * HEADS, from + HEADS * 4, HEADS * 4);
+    for (int64_t k = 0; k < steps; k++) {
+        _tile_loadd(4, a + k * DEPTH, row * 2);
+        _tile_loadd(6, b + k * step, 64);
+        _tile_loadd(7, b + k * step + column, 64);
+        _tile_loadd(5, a + k * DEPTH + SIDE * row, row * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
+    _tile_stored(0, c, width * 4);
+    _tile_stored(1, c + SIDE, width * 4);
+    _tile_stored(2, c + SIDE * width, width * 4);
+    _tile_stored(3, c + SIDE * width + SIDE, width * 4);
 }
 
 }  // namespace matrix
