@@ -270,12 +270,14 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
 
 def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
     """Nothing but needles, all with short values or all with numbers, all asked, within the length: much to look up in
-    few tokens, to learn."""
+    few tokens, to learn. A rehearsal asks as the other tasks do, a drill in the words of the needle."""
     parts: list[list[int]] = []
     queries: list[Query] = []
     room = length - SPARE
     for key, value in _others(rng, Needles("lines", value=pick(rng, ["short", "number"])), split, set()):
         line, query = tokenizer.encode(_line(key, value)), _query(tokenizer, _question(key), [value])
+        if task == "drill":
+            query = Query(tokenizer.encode(f" The code of {key} is"), tokenizer.encode(f" {value}."), (value,))
         room -= len(line) + len(query.tokens) + len(query.answer)
         if room < 0:
             break
