@@ -76,10 +76,12 @@ NEEDLES = {
 
 
 def name(rng: Rng, kind: str, split: str, role: str) -> str:
-    """A made-up word, a number of seven digits or a short one of two, or 16 hexadecimal digits, of ``split``."""
+    """A made-up word of four syllables or one of fewer (brief), a number of seven digits or a short one of two, or 16
+    hexadecimal digits, of ``split``."""
     while True:
-        if kind == "word":
-            drawn = rng.integers(0, (len(CONSONANTS), len(VOWELS)), (4, 2))
+        if kind in ("word", "brief"):
+            syllables = 4 if kind == "word" else rng.integers(1, 5)
+            drawn = rng.integers(0, (len(CONSONANTS), len(VOWELS)), (syllables, 2))
             text = "".join(CONSONANTS[c] + VOWELS[v] for c, v in drawn)
         elif kind == "number":
             text = str(int(rng.integers(1_000_000, 10_000_000)))
@@ -269,12 +271,18 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
 
 
 def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
-    """Nothing but needles, all with short values or all with numbers, all asked, within the length: much to look up in
-    few tokens, to learn. A rehearsal asks as the other tasks do, a drill in the words of the needle."""
+    """Nothing but needles, all asked, within the length: much to look up in few tokens, to learn.
+
+    A rehearsal asks as the other tasks do, and half of them have numbers for values: copying is learnt. A drill asks in
+    the words of the needle and its values are short: most is asked of where to look. Some keys are brief in both,
+    because these are told apart first.
+    """
     parts: list[list[int]] = []
     queries: list[Query] = []
     room = length - SPARE
-    for key, value in _others(rng, Needles("lines", value=pick(rng, ["short", "number"])), split, set()):
+    values = ["short"] if task == "drill" else ["short", "number"]
+    spec = Needles("lines", key="brief", value=pick(rng, values))
+    for key, value in _others(rng, spec, split, set()):
         line, query = tokenizer.encode(_line(key, value)), _query(tokenizer, _question(key), [value])
         if task == "drill":
             query = Query(tokenizer.encode(f" The code of {key} is"), tokenizer.encode(f" {value}."), (value,))
