@@ -2,12 +2,11 @@
 // of each query alone.
 //
 // With summaries of blocks of keys it goes in two levels: every summary before the query's own block is scored, and
-// the keys of the best blocks and of its own are scored exactly. Keys are visited in their order, so that of equal
-// scores the later one wins without being asked for.
+// the keys of the best blocks and of its own are gathered and scored exactly. Of equal scores the later one wins.
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <utility>
+#include <numeric>
 #include <vector>
 
 #include "clones.h"
@@ -22,9 +21,25 @@ constexpr int64_t TILE = 16;   // queries that share keys laid out once
 constexpr int64_t CHUNK = 64;  // keys laid out at a time
 constexpr int EIGHT = 8;       // heads that share a load of the keys
 constexpr int64_t FOUR = 4;    // scores that are looked at together
-constexpr size_t AHEAD = 2;    // blocks that are fetched from memory while others are scored
+constexpr size_t AHEAD = 6;    // blocks that are fetched from memory while others are scored
 
-typedef std::pair<float, int64_t> Scored;  // pairs compare by score, then by position
+// A score and its position as one number: the greater score is the greater number, of equal ones the later position.
+typedef uint64_t Scored;
+
+INLINE Scored scored(float score, int64_t position) {
+    score += 0.f;  // there is one zero
+    uint32_t bits;
+    std::memcpy(&bits, &score, 4);
+    bits ^= uint32_t(int32_t(bits) >> 31) | 0x80000000u;
+    return Scored(bits) << 32 | uint32_t(position);
+}
+INLINE float score_of(Scored it) {
+    uint32_t bits = it >> 32;
+    bits ^= bits >> 31 ? 0x80000000u : ~0u;
+    float score;
+    std::memcpy(&score, &bits, 4);
+    return score;
+}
 
 // Bit i: x[i] >= bar, of FOUR numbers
 INLINE unsigned not_below(const float* x, float bar) {
@@ -35,19 +50,21 @@ INLINE unsigned not_below(const float* x, float bar) {
 #endif
 }
 
-// The k best of what is offered in ascending order of position.
+// The k best of what is offered.
 struct Best {
     int64_t k;
     float bar = -INFINITY;
     std::vector<Scored> kept;
+    std::vector<int64_t> positions;
 
-    void offer(const float* scores, int64_t n, int64_t first) {
+    // place(i): the position of the i-th score, n <= CHUNK
+    template <class Place> void offer(const float* scores, int64_t n, Place place) {
         uint64_t some = 0;  // bit i: scores[i] counts
         for (int64_t i = 0; i < n; i += FOUR) some |= uint64_t(not_below(scores + i, bar)) << i;
         if (n < CHUNK) some &= (uint64_t(1) << n) - 1;
         for (; some; some &= some - 1) {
             const int64_t i = __builtin_ctzll(some);
-            kept.emplace_back(scores[i], first + i);
+            kept.push_back(scored(scores[i], place(i)));
             if (int64_t(kept.size()) >= 2 * k) trim();
         }
     }
@@ -55,11 +72,15 @@ struct Best {
         if (int64_t(kept.size()) <= k) return;
         std::nth_element(kept.begin(), kept.begin() + k - 1, kept.end(), std::greater<Scored>());
         kept.resize(k);
-        bar = kept[k - 1].first;
+        bar = score_of(kept[k - 1]);
     }
-    void sort_by_position() {
+    // Of the k best, ascending
+    const std::vector<int64_t>& sorted() {
         trim();
-        std::sort(kept.begin(), kept.end(), [](const Scored& a, const Scored& b) { return a.second < b.second; });
+        positions.clear();
+        for (Scored it : kept) positions.push_back(uint32_t(it));
+        std::sort(positions.begin(), positions.end());
+        return positions;
     }
 };
 
@@ -104,7 +125,11 @@ template <class T> INLINE void lay_out_as(const Rows& rows, int64_t b, int64_t f
                 if (sizeof(T) == 1) tile[j] *= scale[j];
             }
             transpose(tile);
-            for (int64_t x = 0; x < some; x++) store(to + (i + x) * CHUNK + s, tile[x]);
+            for (int64_t x = 0; x < some; x++) {
+                float* lane = to + (i + x) * CHUNK + s;
+                if (there == LANES) store(lane, tile[x]);
+                else std::memcpy(lane, &tile[x], there * sizeof(float));
+            }
         }
     }
 }
@@ -151,15 +176,16 @@ struct ByLanes {
     std::vector<float> space;
 
     static int64_t depth(int64_t width) { return width; }
-    static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to, float*) {
-        lay_out(rows, b, first, n, to);
+    // Rows first .. first + n - 1 become keys number `at` and following
+    static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, float* keys, float*, int64_t at) {
+        lay_out(rows, b, first, n, keys + at);
     }
     void begin(const float* queries, const float* head_weights, int64_t, int64_t n_heads, int64_t n) {
         q = queries, weights = head_weights, heads = n_heads, width = n;
         space.resize(width * CHUNK);
     }
     const float* find(const Rows& rows, int64_t b, int64_t first, int64_t n, float*) {
-        take(rows, b, first, n, space.data(), nullptr);
+        take(rows, b, first, n, space.data(), nullptr, 0);
         return space.data();
     }
     // out[t][s], rows of CHUNK: the scores of n keys for queries from .. until - 1
@@ -188,14 +214,24 @@ struct ByMatrix {
     std::vector<uint16_t> space;
 
     static int64_t depth(int64_t width) { return (width + matrix::DEPTH - 1) / matrix::DEPTH * matrix::DEPTH; }
-    MATRIX static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, uint16_t* to, float* scales) {
-        for (int64_t s = 0; s < n; s++, to += depth(rows.width)) {
+    MATRIX static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, uint16_t* keys, float* scales, int64_t at) {
+        const int64_t each = depth(rows.width);
+        uint16_t* to = keys + at * each;
+        if (lie_so(rows, first, n)) {
+            std::memcpy(to, rows.row(b, first), n * each * 2);
+            return;
+        }
+        for (int64_t s = 0; s < n; s++, to += each) {
             const char *row = rows.row(b, first + s), *codes = row + scale_bytes(rows.format, 1);
-            scales[s] = scale_of(row, rows.format, 0);
+            scales[at + s] = scale_of(row, rows.format, 0);
             if (rows.format == BFLOAT16) std::memcpy(to, codes, rows.width * 2);
             if (rows.format == INT8) narrow<int8_t>(codes, rows.width, to);
             if (rows.format == E4M3) narrow<Fp8>(codes, rows.width, to);
         }
+    }
+    // Whether these rows are keys as they are wanted, one after the other
+    static bool lie_so(const Rows& rows, int64_t first, int64_t n) {
+        return rows.format == BFLOAT16 && depth(rows.width) == rows.width && first % rows.per_page + n <= rows.per_page;
     }
     MATRIX void begin(const float* q, const float* weights, int64_t count, int64_t heads, int64_t n) {
         matrix::configure();
@@ -203,10 +239,9 @@ struct ByMatrix {
         width = n, space.assign(depth(width) * CHUNK, 0);
     }
     const uint16_t* find(const Rows& rows, int64_t b, int64_t first, int64_t n, float* scales) {
-        const bool lie_so = rows.format == BFLOAT16 && depth(width) == width && first % LANES == 0 &&
-                            rows.per_page % LANES == 0 && first % rows.per_page + n <= rows.per_page;
-        if (lie_so) return reinterpret_cast<const uint16_t*>(rows.row(b, first));
-        take(rows, b, first, n, space.data(), scales);
+        // Whole tiles are read, also of the last few
+        if (lie_so(rows, first, (n + LANES - 1) / LANES * LANES)) return reinterpret_cast<const uint16_t*>(rows.row(b, first));
+        take(rows, b, first, n, space.data(), scales, 0);
         return space.data();
     }
     // The other query of a pair is scored, too
@@ -255,7 +290,7 @@ template <class Scoring> struct Summaries {
         numbers.resize(chunks * size), scales.resize(chunks * CHUNK);
         in_parts(threads, int(chunks), [&](int c) {
             const int64_t first = c * CHUNK, n = std::min(CHUNK, count - first);
-            Scoring::take(r.summaries, b, first, n, numbers.data() + c * size, scales.data() + first);
+            Scoring::take(r.summaries, b, first, n, numbers.data() + c * size, scales.data() + first, 0);
         });
     }
 };
@@ -277,7 +312,7 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
             scoring.score(keys, scaled ? scales : nullptr, t, until, there, scores);
             for (int64_t each = t; each < until; each++) {
                 const int64_t n = std::min(there, r.seen(b, first + each) - s);
-                if (n > 0) best[each].offer(scores + each * CHUNK, n, s);
+                if (n > 0) best[each].offer(scores + each * CHUNK, n, [s](int64_t i) { return s + i; });
             }
         }
     };
@@ -293,25 +328,35 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
             scoring.score(keys, scaled ? summaries.scales.data() + s : nullptr, 0, count, CHUNK, scores);
             for (int64_t t = 0; t < count; t++) {
                 const int64_t n = std::min(CHUNK, ends[t] - s);
-                if (n > 0) near[t].offer(scores + t * CHUNK, n, s);
+                if (n > 0) near[t].offer(scores + t * CHUNK, n, [s](int64_t i) { return s + i; });
             }
         }
         for (int64_t t = 0; t < count; t++) {
-            std::vector<Scored>& blocks = near[t].kept;
-            near[t].sort_by_position();
-            blocks.emplace_back(0.f, ends[t]);
-            for (size_t i = 0; i < blocks.size(); i++) {
-                if (i + AHEAD < blocks.size()) expect(r.keys, b, blocks[i + AHEAD].second * r.block, r.block);
-                const int64_t start = blocks[i].second * r.block;
-                offer_keys(start, std::min(start + r.block, r.seen(b, first + t)), t, t + 1);
+            std::vector<int64_t> chosen = near[t].sorted();
+            chosen.push_back(ends[t]);
+            int64_t there = 0, places[CHUNK];  // keys gathered
+            auto score = [&] {
+                scoring.score(scoring.space.data(), scaled ? scales : nullptr, t, t + 1, there, scores);
+                best[t].offer(scores + t * CHUNK, there, [&](int64_t i) { return places[i]; });
+                there = 0;
+            };
+            for (size_t i = 0; i < chosen.size(); i++) {
+                if (i + AHEAD < chosen.size()) expect(r.keys, b, chosen[i + AHEAD] * r.block, r.block);
+                const int64_t stop = std::min((chosen[i] + 1) * r.block, r.seen(b, first + t));
+                for (int64_t s = chosen[i] * r.block, n; s < stop; s += n) {
+                    n = std::min(CHUNK - there, stop - s);
+                    Scoring::take(r.keys, b, s, n, scoring.space.data(), scales, there);
+                    std::iota(places + there, places + there + n, s);
+                    if ((there += n) == CHUNK) score();
+                }
             }
+            if (there) score();
         }
     }
     scoring.end();
     for (int64_t t = 0; t < count; t++) {
-        best[t].sort_by_position();
         int64_t* to = r.out + (at + t) * r.k;
-        for (const Scored& found : best[t].kept) *to++ = found.second;
+        for (int64_t position : best[t].sorted()) *to++ = position;
         std::fill(to, r.out + (at + t + 1) * r.k, -1);
     }
 }
