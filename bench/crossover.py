@@ -26,8 +26,8 @@ from fourfold.model.transformer import Model
 from fourfold.quant.model import quantize_model
 from fourfold.weights.checkpoint import load_model, resolve
 
-LENGTHS = {"dense": [2**n for n in range(11, 18)], "two-level": [2**n for n in range(13, 21)]}
-MARKED = {"dense": (2**11, 2**15), "two-level": (2**14, 2**18)}  # where constant and rate are taken
+LENGTHS = {"dense": [2**n for n in range(9, 18)], "two-level": [2**n for n in range(9, 21)]}
+MARKED = {"dense": (2**12, 2**16), "two-level": (2**14, 2**20)}  # where constant and rate are taken
 
 
 def seconds_per_token(model: Model, length: int, repeats: int) -> list[float]:
