@@ -302,7 +302,7 @@ def test_summaries_learn_where_the_attention_falls_by_loops():
 
 def test_an_indexer_of_two_levels_learns_its_summaries_too():
     ids = pack([tiny.text(40)])
-    losses = []
+    losses, taught = [], []
     for blocks in (0, 2):
         torch.manual_seed(1)
         made = indexed(**{"indexer.block_size": 4, "indexer.candidate_blocks": blocks}).train()
@@ -310,4 +310,6 @@ def test_an_indexer_of_two_levels_learns_its_summaries_too():
         losses.append(made(ids).index_loss)
         grads = torch.autograd.grad(losses[-1], [made.layers[0].self_attn.indexer.wk.weight])
         assert float(grads[0].abs().max()) > 0
+        taught.append(grads[0])
     assert losses[1] > losses[0]
+    assert float((taught[1] - taught[0]).abs().max()) > 1e-3 * float(taught[0].abs().max())  # by the summaries

@@ -52,6 +52,19 @@ def test_attention(seed, matrix):
 
 
 @UNIT
+def test_sinks_that_learn_alone_keep_their_gradient(matrix):
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 70, 2, 32, dtype=HALF), torch.randn(1, 70, 1, 32, dtype=HALF)
+    visible, sinks = torch.ones(1, 70, 70, dtype=torch.bool).tril(), torch.randn(2, requires_grad=True)
+    got, wanted = (
+        torch.autograd.grad(attend(x, y, y, visible, 0.2, sinks).float().square().sum(), sinks)[0]
+        for attend, x, y in ((attention, q, k), (reference.attention, q.float(), k.float()))
+    )
+    assert float(wanted.abs().max()) > 0.1
+    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+@UNIT
 @pytest.mark.parametrize("seed", range(8))
 def test_experts(seed, matrix):
     """Experts that nobody chose, and counts that fill no tile; each token gets what it gets alone with others."""

@@ -24,29 +24,11 @@ STEP = 64  # rows of an expert are filled up to a multiple of it: oneDNN compile
 
 def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float = 0.0) -> Tensor:
     """See :func:`fourfold.ops.reference.experts`."""
-    compilable = _compilable(x, weights, gate_up, down)
-    if compilable and indices.numel() > COMPILED and _fit_tiles(down) and native.matrix_unit():
-        return _half_experts(x, indices, weights, gate_up, down, limit)
-    if compilable and 0 < indices.numel() <= COMPILED:
-        rows, chosen, shares = x.float().contiguous(), indices.contiguous(), weights.float().contiguous()
-        y = torch.empty_like(rows)
-        library = native.library()
-        assert library is not None
-        library.ff_plain_experts(
-            gate_up.dtype == torch.bfloat16,
-            gate_up.data_ptr(),
-            down.data_ptr(),
-            rows.data_ptr(),
-            *rows.shape,
-            down.shape[-1],
-            chosen.data_ptr(),
-            shares.data_ptr(),
-            chosen.shape[1],
-            limit,
-            y.data_ptr(),
-            team(),
-        )
-        return y.to(x.dtype)
+    if _compilable(x, weights, gate_up, down):
+        if indices.numel() > COMPILED and _fit_tiles(down) and native.matrix_unit():
+            return _compiled(x, indices, weights, gate_up, down, limit, matrix=True)
+        if 0 < indices.numel() <= COMPILED:
+            return _compiled(x, indices, weights, gate_up, down, limit, matrix=False)
     if indices.numel() < FEW:
         w1, w2 = gate_up[indices], down[indices]  # [T, K, 2 I, d], [T, K, d, I]
         gate, up = torch.einsum("tkid,td->tki", w1, x).chunk(2, dim=-1)
@@ -55,26 +37,21 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: 
     return out
 
 
-def _half_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
-    """By the matrix unit, which takes bfloat16 as it is."""
-    rows, chosen, shares = x.contiguous(), indices.contiguous(), weights.float().contiguous()
+def _compiled(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float, matrix: bool
+) -> Tensor:
+    """By the kernels of few tokens, or those of the matrix unit, which take bfloat16 as it is."""
+    rows = (x if matrix else x.float()).contiguous()
+    chosen, shares = indices.contiguous(), weights.float().contiguous()
     y = torch.empty(rows.shape)
+    known = gate_up.data_ptr(), down.data_ptr(), rows.data_ptr(), *rows.shape, down.shape[-1]
+    rest = chosen.data_ptr(), shares.data_ptr(), chosen.shape[1], limit, y.data_ptr(), team()
     library = native.library()
     assert library is not None
-    library.ff_half_experts(
-        gate_up.data_ptr(),
-        down.data_ptr(),
-        rows.data_ptr(),
-        *rows.shape,
-        down.shape[-1],
-        len(down),
-        chosen.data_ptr(),
-        shares.data_ptr(),
-        chosen.shape[1],
-        limit,
-        y.data_ptr(),
-        team(),
-    )
+    if matrix:
+        library.ff_half_experts(*known, len(down), *rest)
+    else:
+        library.ff_plain_experts(gate_up.dtype == torch.bfloat16, *known, *rest)
     return y.to(x.dtype)
 
 

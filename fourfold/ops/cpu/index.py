@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -68,7 +66,7 @@ def select_positions(
         *q.shape,
         k,
         out.data_ptr(),
-        os.environ.get("FOURFOLD_MATRIX") == "off",
+        not native.matrix_unit(),
         team(),
     )
     return out

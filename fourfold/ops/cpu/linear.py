@@ -78,8 +78,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def _by_matrix(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """``x weight^T`` [..., n] in ``dtype``, by the matrix unit where that can take these."""
+def _by_matrix(x: Tensor, weight: Tensor) -> Tensor | None:
+    """``x weight^T``, float32 [..., n], by the matrix unit where that can take these."""
     known = x.dtype == torch.bfloat16 and weight.dtype in (torch.float32, torch.bfloat16)
     if not known or x.shape[-1] % TILE or not x.numel() or not weight.is_contiguous():
         return None
@@ -87,13 +87,12 @@ def _by_matrix(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     library = native.library()
     assert library is not None
-    rows, out = x.contiguous(), torch.empty(*x.shape[:-1], len(weight), dtype=dtype)
+    rows, out = x.contiguous(), torch.empty(*x.shape[:-1], len(weight))
     library.ff_half_linear(
         rows.data_ptr(),
         weight.data_ptr(),
         weight.dtype == torch.float32,
         out.data_ptr(),
-        dtype == torch.bfloat16,
         rows.numel() // x.shape[-1],
         *weight.shape,
         team(),
@@ -105,7 +104,7 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`fourfold.ops.reference.wide_linear`."""
     if x.dtype == torch.bfloat16 and x.numel() <= FEW * x.shape[-1] and (library := _compiled(x, weight, None)):
         return _few_rows(library, x, weight)
-    if (out := _by_matrix(x, weight, torch.float32)) is not None:
+    if (out := _by_matrix(x, weight)) is not None:
         return out
     wide = at_least_float32(x)
     return linear(wide, weight.to(wide.dtype))

@@ -20,7 +20,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ff_experts": (None, (_int, _long, _at, _long, _at, _long, _long, _at, _at, _long, _float, _at, _int, _int)),
     "ff_plain_experts": (None, (_int, *[_at] * 3, *[_long] * 3, _at, _at, _long, _float, _at, _int)),
     "ff_half_experts": (None, (*[_at] * 3, *[_long] * 4, _at, _at, _long, _float, _at, _int)),
-    "ff_half_linear": (None, (_at, _at, _int, _at, _int, *[_long] * 3, _int)),
+    "ff_half_linear": (None, (_at, _at, _int, _at, *[_long] * 3, _int)),
     "ff_linear": (None, (_at, _int, _long, _long, _at, _long, _at, _int)),
     "ff_decode_layers": (None, (_at, _long, *[_at] * 5)),
     "ff_rms_norm": (None, (_at, _at, _at, _at, _long, _long, _float)),

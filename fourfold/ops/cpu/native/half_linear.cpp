@@ -17,8 +17,7 @@ struct Request {
     const uint16_t* x;
     const void* weight;
     int parts;  // of each of its numbers: 1 where it is bfloat16
-    void* y;
-    bool half;  // whether that is bfloat16
+    float* y;
     int64_t rows, outs, d;
 };
 
@@ -60,12 +59,8 @@ MATRIX void multiply_rows(const Request& r, int64_t first, int64_t last, int64_t
             matrix::multiply<true>(from, r.d, columns + part * 2 * steps * TILE, TILE, steps * TILE, steps, square, SQUARE);
         for (int64_t j = 0; j < count; j++)
             for (int64_t n = 0; n < wide; n += LANES) {
-                const int64_t to = (i + j) * r.outs + out + n;
-                const Lanes sums = load(square + j * SQUARE + n);
-                if (r.half)
-                    matrix::store_rounded(static_cast<uint16_t*>(r.y) + to, sums, wide - n);
-                else
-                    store_some(static_cast<float*>(r.y) + to, sums, wide - n);
+                float* to = r.y + (i + j) * r.outs + out + n;
+                store_some(to, load(square + j * SQUARE + n), wide - n);
             }
     }
 }
@@ -74,12 +69,12 @@ MATRIX void multiply_rows(const Request& r, int64_t first, int64_t last, int64_t
 
 #endif
 
-// y [rows, outs] = x weight^T. x: [rows, d]; weight: bfloat16 or float [outs, d]; y: bfloat16 (half) or float; d a multiple
-// of 32; only where there is a matrix unit
-extern "C" void ff_half_linear(const uint16_t* x, const void* weight, int floats, void* y, int half, int64_t rows,
-                               int64_t outs, int64_t d, int threads) {
+// y [rows, outs] = x weight^T. x: [rows, d]; weight: bfloat16 or float [outs, d]; d a multiple of 32; only where there
+// is a matrix unit
+extern "C" void ff_half_linear(const uint16_t* x, const void* weight, int floats, float* y, int64_t rows, int64_t outs,
+                               int64_t d, int threads) {
 #ifdef HAS_MATRIX
-    const Request request{x, weight, floats ? PARTS : 1, y, half != 0, rows, outs, d};
+    const Request request{x, weight, floats ? PARTS : 1, y, rows, outs, d};
     const int64_t across = (outs + SQUARE - 1) / SQUARE, down = (rows + ROWS - 1) / ROWS;
     in_parts(threads, int(across * down), [&](int part) {
         const int64_t first = part / across * ROWS;
