@@ -4,11 +4,10 @@
 // With summaries of blocks of keys it goes in two levels: every summary before the query's own block is scored, and
 // the keys of the best blocks and of its own are gathered and scored exactly. Of equal scores the later one wins.
 #include <algorithm>
-#include <cmath>
-#include <functional>
 #include <numeric>
 #include <vector>
 
+#include "best.h"
 #include "clones.h"
 #include "index_matrix.h"
 #include "kernels.h"
@@ -20,69 +19,7 @@ namespace {
 constexpr int64_t TILE = 16;   // queries that share keys laid out once
 constexpr int64_t CHUNK = 64;  // keys laid out at a time
 constexpr int EIGHT = 8;       // heads that share a load of the keys
-constexpr int64_t FOUR = 4;    // scores that are looked at together
 constexpr size_t AHEAD = 6;    // blocks that are fetched from memory while others are scored
-
-// A score and its position as one number: the greater score is the greater number, of equal ones the later position.
-typedef uint64_t Scored;
-
-INLINE Scored scored(float score, int64_t position) {
-    score += 0.f;  // there is one zero
-    uint32_t bits;
-    std::memcpy(&bits, &score, 4);
-    bits ^= uint32_t(int32_t(bits) >> 31) | 0x80000000u;
-    return Scored(bits) << 32 | uint32_t(position);
-}
-INLINE float score_of(Scored it) {
-    uint32_t bits = it >> 32;
-    bits ^= bits >> 31 ? 0x80000000u : ~0u;
-    float score;
-    std::memcpy(&score, &bits, 4);
-    return score;
-}
-
-// Bit i: x[i] >= bar, of FOUR numbers
-INLINE unsigned not_below(const float* x, float bar) {
-#ifdef __SSE__
-    return _mm_movemask_ps(_mm_cmpge_ps(_mm_loadu_ps(x), _mm_set1_ps(bar)));
-#else
-    return (x[0] >= bar) | (x[1] >= bar) << 1 | (x[2] >= bar) << 2 | (x[3] >= bar) << 3;
-#endif
-}
-
-// The k best of what is offered.
-struct Best {
-    int64_t k;
-    float bar = -INFINITY;
-    std::vector<Scored> kept;
-    std::vector<int64_t> positions;
-
-    // place(i): the position of the i-th score, n <= CHUNK
-    template <class Place> void offer(const float* scores, int64_t n, Place place) {
-        uint64_t some = 0;  // bit i: scores[i] counts
-        for (int64_t i = 0; i < n; i += FOUR) some |= uint64_t(not_below(scores + i, bar)) << i;
-        if (n < CHUNK) some &= (uint64_t(1) << n) - 1;
-        for (; some; some &= some - 1) {
-            const int64_t i = __builtin_ctzll(some);
-            kept.push_back(scored(scores[i], place(i)));
-            if (int64_t(kept.size()) >= 2 * k) trim();
-        }
-    }
-    void trim() {
-        if (int64_t(kept.size()) <= k) return;
-        std::nth_element(kept.begin(), kept.begin() + k - 1, kept.end(), std::greater<Scored>());
-        kept.resize(k);
-        bar = score_of(kept[k - 1]);
-    }
-    // Of the k best, ascending
-    const std::vector<int64_t>& sorted() {
-        trim();
-        positions.clear();
-        for (Scored it : kept) positions.push_back(uint32_t(it));
-        std::sort(positions.begin(), positions.end());
-        return positions;
-    }
-};
 
 // Rows of all pages, each of `width` numbers; row s of sequence b lies in page pages[b][s / per_page]. page_stride: in
 // elements of the format.
@@ -171,6 +108,7 @@ CLONES void score_keys(const float* q, const float* weight, int64_t heads, int64
 // Queries and keys as vectors of floats score them: CHUNK keys with a lane each.
 struct ByLanes {
     typedef float Number;
+    typedef Best<Plainly> Kept;
     const float *q, *weights;
     int64_t heads, width;
     std::vector<float> space;
@@ -193,6 +131,10 @@ struct ByLanes {
         for (int64_t t = from; t < until; t++)
             score_keys(q + t * heads * width, weights + t * heads, heads, width, keys, n, out + t * CHUNK);
     }
+    // The same for query t and the CHUNK keys in `space`
+    void score_space(const float* scales, int64_t t, int64_t n, float* out) const {
+        score(space.data(), scales, t, t + 1, n, out);
+    }
     void end() {}
 };
 
@@ -209,6 +151,7 @@ template <class T> INLINE void narrow(const char* from, int64_t width, uint16_t*
 // The same for the matrix unit: keys with a row of bfloat16 each, and the scales of codes beside them.
 struct ByMatrix {
     typedef uint16_t Number;
+    typedef Best<ByVectors> Kept;
     matrix::Queries queries;
     int64_t width;
     std::vector<uint16_t> space;
@@ -259,6 +202,11 @@ struct ByMatrix {
                 }
             }
     }
+    MATRIX void score_space(const float* scales, int64_t t, int64_t, float* out) const {
+        float* to = out + t * CHUNK;
+        matrix::score_one(queries, t, space.data(), to);
+        for (int64_t i = 0; scales && i < CHUNK; i += LANES) store(to + i, load(to + i) * load(scales + i));
+    }
     MATRIX void end() { matrix::release(); }
 };
 #endif
@@ -303,41 +251,45 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
     const bool scaled = r.keys.format >= INT8;
     scoring.begin(r.q + at * r.heads * width, r.weights + at * r.heads, count, r.heads, width);
     float scores[TILE * CHUNK], scales[CHUNK];
-    std::vector<Best> best(count, Best{r.k});
+    uint32_t places[CHUNK];  // of the keys that are scored
+    std::vector<typename Scoring::Kept> best(count, typename Scoring::Kept(r.k));
+    std::vector<int64_t> chosen;
     // Offers keys start .. stop - 1 to the collection of each query t .. until - 1, as far as it sees them
     auto offer_keys = [&](int64_t start, int64_t stop, int64_t t, int64_t until) {
         for (int64_t s = start; s < stop; s += CHUNK) {
             const int64_t there = std::min(CHUNK, stop - s);
             const auto* keys = scoring.find(r.keys, b, s, there, scales);
+            std::iota(places, places + CHUNK, uint32_t(s));
             scoring.score(keys, scaled ? scales : nullptr, t, until, there, scores);
             for (int64_t each = t; each < until; each++) {
                 const int64_t n = std::min(there, r.seen(b, first + each) - s);
-                if (n > 0) best[each].offer(scores + each * CHUNK, n, [s](int64_t i) { return s + i; });
+                if (n > 0) best[each].offer(scores + each * CHUNK, places, n);
             }
         }
     };
     if (!r.in_two_levels(b, last - 1)) {  // no block is left out
         offer_keys(0, r.seen(b, last - 1), 0, count);
     } else {
-        std::vector<Best> near(count, Best{r.blocks - 1});
+        std::vector<typename Scoring::Kept> near(count, typename Scoring::Kept(r.blocks - 1));
         const int64_t size = Scoring::depth(width) * CHUNK, newest = r.own_block(b, last - 1);
         int64_t ends[TILE];
         for (int64_t t = 0; t < count; t++) ends[t] = r.own_block(b, first + t);
         for (int64_t s = 0; s < newest && r.blocks > 1; s += CHUNK) {
             const auto* keys = summaries.numbers.data() + s / CHUNK * size;
+            std::iota(places, places + CHUNK, uint32_t(s));
             scoring.score(keys, scaled ? summaries.scales.data() + s : nullptr, 0, count, CHUNK, scores);
             for (int64_t t = 0; t < count; t++) {
                 const int64_t n = std::min(CHUNK, ends[t] - s);
-                if (n > 0) near[t].offer(scores + t * CHUNK, n, [s](int64_t i) { return s + i; });
+                if (n > 0) near[t].offer(scores + t * CHUNK, places, n);
             }
         }
         for (int64_t t = 0; t < count; t++) {
-            std::vector<int64_t> chosen = near[t].sorted();
+            near[t].list(chosen);
             chosen.push_back(ends[t]);
-            int64_t there = 0, places[CHUNK];  // keys gathered
+            int64_t there = 0;  // keys gathered
             auto score = [&] {
-                scoring.score(scoring.space.data(), scaled ? scales : nullptr, t, t + 1, there, scores);
-                best[t].offer(scores + t * CHUNK, there, [&](int64_t i) { return places[i]; });
+                scoring.score_space(scaled ? scales : nullptr, t, there, scores);
+                best[t].offer(scores + t * CHUNK, places, there);
                 there = 0;
             };
             for (size_t i = 0; i < chosen.size(); i++) {
@@ -346,7 +298,7 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
                 for (int64_t s = chosen[i] * r.block, n; s < stop; s += n) {
                     n = std::min(CHUNK - there, stop - s);
                     Scoring::take(r.keys, b, s, n, scoring.space.data(), scales, there);
-                    std::iota(places + there, places + there + n, s);
+                    std::iota(places + there, places + there + n, uint32_t(s));
                     if ((there += n) == CHUNK) score();
                 }
             }
@@ -356,7 +308,9 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
     scoring.end();
     for (int64_t t = 0; t < count; t++) {
         int64_t* to = r.out + (at + t) * r.k;
-        for (int64_t position : best[t].sorted()) *to++ = position;
+        best[t].list(chosen);
+        std::sort(chosen.begin(), chosen.end());
+        to = std::copy(chosen.begin(), chosen.end(), to);
         std::fill(to, r.out + (at + t + 1) * r.k, -1);
     }
 }
