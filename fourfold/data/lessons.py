@@ -8,7 +8,7 @@ from fourfold.data.recall import TASKS, RecallError, document, lesson
 from fourfold.model.sequence import Document
 from fourfold.text.tokenizer import Tokenizer
 
-SHORTEST = 128  # tokens; lengths are drawn between it and a row, every doubling as often
+SHORTEST = 40  # tokens; lengths are drawn between it and a row, every doubling as often
 
 
 class Lessons:

@@ -20,6 +20,40 @@ from fourfold.model.sequence import IGNORE, Document
 from fourfold.text.tokenizer import Tokenizer
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+# Words that are one token each of the bundled tokenizer.
+ADJECTIVES = (
+    "able ancient automatic available bad basic best better black blue bright broad broken brown burnt capable central "
+    "certain chief clean clear close common complete complex current dark dead deep different difficult direct double "
+    "dry early eastern edible electric empty entire equal evergreen evil exact false far fast fat final fine first "
+    "fixed flat former free fresh full future general global good great green grey half hard heavy high holy hot human "
+    "important individual kind known large last left legal light little living local long low lower main military "
+    "narrow natural near necessary negative new next normal northern old open original own particular perennial "
+    "physical pink political poor possible present proper public purple quick random real recent red regular relative "
+    "right righteous round same secret sharp short similar simple single slow small social soft southern special "
+    "specific spoken standard static straight strong sudden sweet thick thin third tropical true underlying upper "
+    "useful valid warm weak western white whole wicked wide wild worn yellow young"
+).split()
+THINGS = (
+    "account act action address age agent air animal application area argument arm art attack attempt author ball band "
+    "bank bar base battle bear bed bird blood body bone book border bow box branch bread brother buffer bug building "
+    "bus business call camp car card care case cat cause cell center century change character child city class client "
+    "cloth cloud coast collection color column command company computer copy corn corner country course court cover "
+    "cross daughter day death degree design device disease display doctor dog door dress drug ear earth effect email "
+    "energy engine event example eye face fact failure family father feeling field file fire fish flag flesh flower "
+    "food foot form frame fruit function game gas gate glass god gold grass group hair hand head heart heat heaven herb "
+    "home horn horse host hour house husband image index instrument iron item job judgment key king kingdom land "
+    "language law leaf leg letter level library life line list log machine mail manager mark matter meaning meat member "
+    "memory message metal method milk mill mind mine money month mother motion mountain mouth muscle music name nature "
+    "neck network night note number object office oil order organ package pain pair paper parent part party path "
+    "pattern peace pen people performance period person pie piece pig place plan plane plant platform point policy port "
+    "post pot power pressure priest process product program project property purpose quality quest queue race range "
+    "record region rest result rice river rock room root rose salt sand school science script sea search season seat "
+    "section seed servant server shape sheep shell ship shrub side sign silver site skin sleep son sort soul sound "
+    "source south space species speech speed spirit stack star statement step stock stone store stream string structure "
+    "success sun surface sword system table tail task test text thread time tissue town tree trust truth turn turtle "
+    "unit usage value variety vein version vine voice wall war water way weight well wife wilderness wind window wine "
+    "woman wood work world worship writer year"
+).split()
 VERBS = "sees finds leaves paints moves carries".split()
 SPARE = 8  # tokens left after the longest answer
 
@@ -53,10 +87,10 @@ class Recall:
 
 @dataclass(frozen=True)
 class Needles:
-    """hay: noise, prose or lines (other needles); key, value: word, number or hex; asked: how many keys are."""
+    """hay: noise, prose or lines (other needles); key, value: pair, number or hex; asked: how many keys are."""
 
     hay: str
-    key: str = "word"
+    key: str = "pair"
     value: str = "number"
     keys: int = 1
     values: int = 1
@@ -76,12 +110,13 @@ NEEDLES = {
 
 
 def name(rng: Rng, kind: str, split: str, role: str) -> str:
-    """A made-up word of four syllables or one of fewer (brief), a number of seven digits or a short one of two, or 16
-    hexadecimal digits, of ``split``."""
+    """An adjective and a noun (pair), a made-up word of four syllables, a number of seven digits or a short one of two,
+    or 16 hexadecimal digits, of ``split``."""
     while True:
-        if kind in ("word", "brief"):
-            syllables = 4 if kind == "word" else rng.integers(1, 5)
-            drawn = rng.integers(0, (len(CONSONANTS), len(VOWELS)), (syllables, 2))
+        if kind == "pair":
+            text = f"{pick(rng, ADJECTIVES)} {pick(rng, THINGS)}"
+        elif kind == "word":
+            drawn = rng.integers(0, (len(CONSONANTS), len(VOWELS)), (4, 2))
             text = "".join(CONSONANTS[c] + VOWELS[v] for c, v in drawn)
         elif kind == "number":
             text = str(int(rng.integers(1_000_000, 10_000_000)))
@@ -144,8 +179,7 @@ def _needles(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str,
     if rest < 0:
         raise RecallError(f"length: {length} tokens cannot hold {task}; {length - rest} are needed")
     if spec.hay == "lines":
-        taken = set(keys)
-        hay = _fill(rest, (tokenizer.encode(_line(*pair)) for pair in _others(rng, spec, split, taken)))
+        hay = _fill(rest, (tokenizer.encode(_line(*pair)) for pair in _others(rng, spec, split, set(keys))))
     else:
         sentences = [f" {text}" for text in FILLERS] if spec.hay == "noise" else _prose(rng)
         encode = cache(tokenizer.encode)  # a short document uses few of them, a long one each many times
@@ -157,18 +191,18 @@ def _needles(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str,
 
 
 def _line(key: str, value: str) -> str:
-    return f" The code of {key} is {value}."
+    return f" The code of {key}={value}."
 
 
 def _question(key: str) -> str:
-    return f"\nWhat is the code of {key}? The code of {key} is"
+    return f"\nWhat is the code of {key}? The code of {key}="
 
 
 def _others(rng: Rng, spec: Needles, split: str, taken: set[str]) -> Iterable[tuple[str, str]]:
+    """Keys that are not in ``taken``; a million tokens of them tell some twice."""
     while True:
         key = name(rng, spec.key, split, "key")
         if key not in taken:
-            taken.add(key)
             yield key, name(rng, spec.value, split, "value")
 
 
@@ -179,8 +213,8 @@ def _prose(rng: Rng, count: int = 512) -> list[str]:
     ]
 
 
-def _query(tokenizer: Tokenizer, question: str, values: Sequence[str]) -> Query:
-    return Query(tokenizer.encode(question), tokenizer.encode(" " + ", ".join(values) + ".\n"), tuple(values))
+def _query(tokenizer: Tokenizer, question: str, values: Sequence[str], before: str = "") -> Query:
+    return Query(tokenizer.encode(question), tokenizer.encode(before + ", ".join(values) + ".\n"), tuple(values))
 
 
 def _room(length: int, queries: Sequence[Query]) -> int:
@@ -229,7 +263,7 @@ def _variables(
     value = name(rng, "number", split, "value")
     lines = [f" VAR {chain[0]} = {value}."]
     lines += [f" VAR {after} = VAR {before}." for before, after in zip(chain, chain[1:], strict=False)]
-    queries = [_query(tokenizer, f"\nWhich variables are {value}? They are", chain)]
+    queries = [_query(tokenizer, f"\nWhich variables are {value}? They are", chain, " ")]
     encoded = [tokenizer.encode(line) for line in lines]
     rest = _room(length, queries) - sum(map(len, encoded))
     if rest < 0:
@@ -247,7 +281,7 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
     asked = 10 if task == "cwe" else 3
     common = names(rng, "word", split, "key", asked)
     question = f"\nWhat are the {asked} most frequent words? They are"
-    queries = [_query(tokenizer, question, common)]
+    queries = [_query(tokenizer, question, common, " ")]
     room, encoded = _room(length, queries), [tokenizer.encode(f" {word}") for word in common]
     width = max(map(len, encoded)) + 1
     words = room // width
@@ -274,18 +308,18 @@ def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
     """Nothing but needles, all asked, within the length: much to look up in few tokens, to learn.
 
     A rehearsal asks as the other tasks do, and half of them have numbers for values: copying is learnt. A drill asks in
-    the words of the needle and its values are short: most is asked of where to look. Some keys are brief in both,
-    because these are told apart first.
+    the words of the needle and its values are short: most is asked of where to look.
     """
     parts: list[list[int]] = []
     queries: list[Query] = []
     room = length - SPARE
-    values = ["short"] if task == "drill" else ["short", "number"]
-    spec = Needles("lines", key="brief", value=pick(rng, values))
-    for key, value in _others(rng, spec, split, set()):
+    spec = Needles("lines", value=pick(rng, ["short"] if task == "drill" else ["short", "number"]))
+    taken: set[str] = set()
+    for key, value in _others(rng, spec, split, taken):
+        taken.add(key)
         line, query = tokenizer.encode(_line(key, value)), _query(tokenizer, _question(key), [value])
         if task == "drill":
-            query = Query(tokenizer.encode(f" The code of {key} is"), tokenizer.encode(f" {value}."), (value,))
+            query = Query(tokenizer.encode(f" The code of {key}="), tokenizer.encode(f"{value}."), (value,))
         room -= len(line) + len(query.tokens) + len(query.answer)
         if room < 0:
             break
