@@ -154,18 +154,19 @@ def index_target(probs: Tensor) -> Tensor:
     return probs.detach().sum(1)
 
 
-def index_loss(target: Tensor, scores: Tensor, keys: Tensor) -> Tensor:
+def index_loss(target: Tensor, scores: Tensor, keys: Tensor, crowd: Tensor | None = None) -> Tensor:
     """KL(target || softmax of scores), both over ``keys`` alone, summed over queries (DeepSeek-V3.2, section 2.1).
 
-    target, scores: [B, L, S]; keys: bool [B, L, S], all visible ones in the warm-up, the selected ones after.
+    target, scores: [B, L, S]; keys: bool [B, L, S], all visible ones in the warm-up, the selected ones after; crowd:
+    see :func:`stand_for_skipped`.
     """
     target = target.masked_fill(~keys, 0)
     target = target / target.sum(-1, keepdim=True).clamp_min(1e-12)
-    predicted = scores.masked_fill(~keys, -1e30).log_softmax(-1)
+    predicted = stand_for_skipped(scores, target, keys, crowd).masked_fill(~keys, -1e30).log_softmax(-1)
     return (target * (target.clamp_min(1e-12).log() - predicted)).sum()
 
 
-def block_loss(target: Tensor, scores: Tensor, visible: Tensor, size: int) -> Tensor:
+def block_loss(target: Tensor, scores: Tensor, visible: Tensor, size: int, crowd: Tensor | None = None) -> Tensor:
     """What makes summaries worth asking: the same divergence between attention and scores of whole blocks, both over
     the blocks that a query sees wholly, each query with the weight of the attention that falls on them.
 
@@ -178,8 +179,20 @@ def block_loss(target: Tensor, scores: Tensor, visible: Tensor, size: int) -> Te
     whole = seen.all(-1)
     mass = mass.sum(-1).masked_fill(~whole, 0) / target.sum(-1, keepdim=True).clamp_min(1e-12)
     share = mass / mass.sum(-1, keepdim=True).clamp_min(1e-12)
-    predicted = scores.masked_fill(~whole, -1e30).log_softmax(-1)
+    predicted = stand_for_skipped(scores, share, whole, crowd).masked_fill(~whole, -1e30).log_softmax(-1)
     return (mass * (share.clamp_min(1e-12).log() - predicted)).sum()
+
+
+def stand_for_skipped(scores: Tensor, target: Tensor, keys: Tensor, crowd: Tensor | None) -> Tensor:
+    """Scores as they count in the losses: where positions were skipped, each key with less attention than the mean
+    counts as often as there are positions to a key, so that a few hundred keys ask for the margin that all would.
+
+    crowd: [B, L], positions before and at a query over the keys that it sees; None: nothing was skipped.
+    """
+    if crowd is None:
+        return scores
+    minor = target * keys.sum(-1, keepdim=True) < 1
+    return scores + torch.where(minor, crowd.log()[..., None], 0.0)
 
 
 def index_recall(target: Tensor, chosen: Tensor) -> Tensor:

@@ -99,9 +99,11 @@ class MLA(nn.Module):
             ctx.probe.selected.setdefault(self.layer, []).append(chosen.detach())
         if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None:
             target = ops.attention_mass(q, k, chosen, self.scale)
-            loss = index_loss(target, ctx.selection.scores[number], chosen)
+            crowd = (window.take(ctx.packed.positions) + 1) / window.visible.sum(-1)
+            loss = index_loss(target, ctx.selection.scores[number], chosen, crowd)
             if ctx.selection.block_scores:
-                loss = loss + block_loss(target, ctx.selection.block_scores[number], window.visible, self.block_size)
+                blocks = ctx.selection.block_scores[number]
+                loss = loss + block_loss(target, blocks, window.visible, self.block_size, crowd)
             ctx.index_losses.append(loss)
             if self.mode == "warmup":  # later the attention itself sees nothing but the selection
                 ctx.index_recalls.append(index_recall(target, ctx.selection.chosen[number]))

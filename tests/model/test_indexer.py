@@ -145,6 +145,22 @@ def test_kl_by_loops_over_the_given_keys_alone():
     assert float(index_loss(target, scores, keys)) == pytest.approx(total, rel=1e-5)
 
 
+def test_skipped_positions_count_as_so_many_keys_of_little_attention():
+    """As if each key below the mean were there that often, with its attention shared out."""
+    torch.manual_seed(0)
+    target, scores, often = torch.rand(1, 1, 8), torch.randn(1, 1, 8), 3
+    target = target / target.sum()
+    times = torch.where(target[0, 0] * 8 < 1, often, 1)
+    assert 8 < int(times.sum()) < 8 * often
+    copies = [x.repeat_interleave(times, -1) for x in (target / times, scores)]
+    everything = torch.ones(1, 1, int(times.sum()), dtype=torch.bool)
+    crowd = torch.full((1, 1), float(often))
+    for loss, more in ((index_loss, ()), (block_loss, (1,))):
+        with_crowd = loss(target, scores, everything[..., :8], *more, crowd)
+        torch.testing.assert_close(with_crowd, loss(*copies, everything, *more))
+        assert with_crowd > loss(target, scores, everything[..., :8], *more)
+
+
 def test_kl_pushes_scores_towards_the_target():
     scores = torch.zeros(1, 1, 3, requires_grad=True)
     index_loss(torch.tensor([[[0.7, 0.2, 0.1]]]), scores, torch.ones(1, 1, 3, dtype=torch.bool)).backward()

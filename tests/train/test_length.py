@@ -76,3 +76,30 @@ def test_a_run_begins_from_a_model_and_reads_far_positions(recipe, tmp_path):
     assert any("kv_a_proj" in name for name in changed)
     with pytest.raises(ValueError, match=r"init: .* does not fit"):
         build_model(Recipe(**long, phases=(Phase(1),), weights=first.weights, model={"hidden_size": 20}), None)
+
+
+def test_a_run_may_share_indexers_otherwise_than_the_model_it_begins_from(recipe, tmp_path):
+    """Those that the model has are taken over, others are fresh; of all else nothing may be missing."""
+    first = Recipe.load(recipe, [f"out={tmp_path / 'first'}"])
+    run_recipe(first, ALONE)
+
+    def grouped(begin: str, layers: int) -> Recipe:
+        return Recipe(
+            out=str(tmp_path / f"groups of {layers}"),
+            init=str(tmp_path / begin / "model"),
+            phases=(Phase(1),),
+            weights=first.weights,
+            corpus=first.corpus,
+            model={"indexer.layers_per_indexer": layers},
+            row=first.row,
+            rows=first.rows,
+            bf16=False,
+        )
+
+    run_recipe(grouped("first", 2), ALONE)
+    shared, _ = load_model(tmp_path / "groups of 2" / "model", torch.float32)
+    before, after = shared.state_dict(), build_model(grouped("groups of 2", 1), None).state_dict()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+    added = after.keys() - before.keys()
+    assert added and all(".indexer." in name for name in added)
