@@ -191,11 +191,15 @@ def _needles(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str,
 
 
 def _line(key: str, value: str) -> str:
-    return f" The code of {key}={value}."
+    return f"{_beginning(key)}{value}."
+
+
+def _beginning(key: str) -> str:
+    return f" The code of {key}="
 
 
 def _question(key: str) -> str:
-    return f"\nWhat is the code of {key}? The code of {key}="
+    return f"\nWhat is the code of {key}?{_beginning(key)}"
 
 
 def _others(rng: Rng, spec: Needles, split: str, taken: set[str]) -> Iterable[tuple[str, str]]:
@@ -319,7 +323,7 @@ def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
         taken.add(key)
         line, query = tokenizer.encode(_line(key, value)), _query(tokenizer, _question(key), [value])
         if task == "drill":
-            query = Query(tokenizer.encode(f" The code of {key}="), tokenizer.encode(f"{value}."), (value,))
+            query = Query(tokenizer.encode(_beginning(key)), tokenizer.encode(f"{value}."), (value,))
         room -= len(line) + len(query.tokens) + len(query.answer)
         if room < 0:
             break

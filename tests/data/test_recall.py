@@ -75,15 +75,15 @@ def test_a_lesson_learns_the_answers_alone():
 
 @pytest.mark.parametrize("task", ["drill", "rehearsal"])
 def test_a_drill_asks_every_needle_and_holds_nothing_else(task):
-    made = document(task, TOKENIZER, 600, 0, "train")
+    made = document(task, TOKENIZER, 900, 0, "train")
     text = TOKENIZER.decode(made.context.tolist())
-    assert len(made.queries) == text.count("The code of") >= 5
+    assert len(made.queries) == text.count("The code of") > 5
     for query, place in zip(made.queries, made.places, strict=True):
         said = TOKENIZER.decode(made.context[place:].tolist())
         known = TOKENIZER.decode(query.tokens).split("? ")[-1].strip()
         assert said.startswith(f" {known}{query.values[0]}.")
     whole = lesson(made)
-    assert len(whole) <= 600
+    assert len(whole) <= 900
     learnt = whole.targets[whole.targets != IGNORE].tolist()
     with_questions = task == "rehearsal"
     assert learnt == [t for q in made.queries for t in [*(q.tokens if with_questions else []), *q.answer]]
