@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int64_t CHUNK = 64;  // scores that are offered at a time
+
 // A score and its position as one number: the greater score is the greater number, of equal ones the later position.
 typedef uint64_t Scored;
 
@@ -37,11 +39,11 @@ struct Plainly {
         return (x[0] >= bar) | (x[1] >= bar) << 1 | (x[2] >= bar) << 2 | (x[3] >= bar) << 3;
 #endif
     }
-    // Writes those of n <= 64 scores that are not below the bar; how many. Scores up to a multiple of four are read.
+    // Writes those of n <= CHUNK scores that are not below the bar; how many. Scores up to a multiple of four are read.
     static int64_t take(const float* scores, const uint32_t* positions, int64_t n, float bar, Scored* to) {
         uint64_t some = 0;  // bit i: scores[i] counts
         for (int64_t i = 0; i < n; i += 4) some |= uint64_t(not_below(scores + i, bar)) << i;
-        if (n < 64) some &= (uint64_t(1) << n) - 1;
+        if (n < CHUNK) some &= (uint64_t(1) << n) - 1;
         Scored* end = to;
         for (; some; some &= some - 1) {
             const int64_t i = __builtin_ctzll(some);
@@ -108,7 +110,6 @@ private:
 #endif
 
 template <class How> class Best {
-    static constexpr int64_t CHUNK = 64;
     int64_t k, count = 0;
     float bar = -INFINITY;
     std::vector<Scored> kept, spare;
@@ -116,7 +117,7 @@ template <class How> class Best {
 public:
     explicit Best(int64_t k) : k(k), kept(2 * k + CHUNK), spare(2 * k + CHUNK) {}
 
-    // n <= 64 scores and their positions; scores up to a multiple of four are read
+    // n <= CHUNK scores and their positions; scores up to a multiple of four are read
     void offer(const float* scores, const uint32_t* positions, int64_t n) {
         count += How::take(scores, positions, n, bar, kept.data() + count);
         if (count >= 2 * k) trim();

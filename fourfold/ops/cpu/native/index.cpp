@@ -16,10 +16,9 @@
 
 namespace {
 
-constexpr int64_t TILE = 16;   // queries that share keys laid out once
-constexpr int64_t CHUNK = 64;  // keys laid out at a time
-constexpr int EIGHT = 8;       // heads that share a load of the keys
-constexpr size_t AHEAD = 6;    // blocks that are fetched from memory while others are scored
+constexpr int64_t TILE = 16;  // queries that share keys, CHUNK of them laid out at a time
+constexpr int EIGHT = 8;      // heads that share a load of the keys
+constexpr size_t AHEAD = 6;   // blocks that are fetched from memory while others are scored
 
 // Rows of all pages, each of `width` numbers; row s of sequence b lies in page pages[b][s / per_page]. page_stride: in
 // elements of the format.
