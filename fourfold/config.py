@@ -158,7 +158,8 @@ class IndexerConfig:
     ``mode``: ``off`` (no indexer), ``dense`` (present, unused), ``warmup`` (dense attention, the
     indexer learns by KL and nothing else learns), ``sparse`` (attention over the selected keys).
     ``candidate_blocks`` > 0: keys are scored only in so many blocks of ``block_size``, a query's own and those whose
-    mean key scores best; for ``mla``.
+    mean key scores best; ``first_layer``: layers before it have no indexer, they attend to the last ``topk``
+    positions, whatever the mode. Both for ``mla``.
     """
 
     mode: str = "off"
@@ -166,6 +167,7 @@ class IndexerConfig:
     head_dim: int = 32
     topk: int = 64
     layers_per_indexer: int = 4
+    first_layer: int = 0
     block_size: int = 32
     candidate_blocks: int = 0  # 0: every key is scored
 
@@ -173,13 +175,23 @@ class IndexerConfig:
         choose("indexer.mode", self.mode, ("off", "dense", "warmup", "sparse"))
         for name in ("n_heads", "head_dim", "topk", "layers_per_indexer", "block_size"):
             require(getattr(self, name) > 0, f"indexer.{name}", "must be > 0")
-        require(self.candidate_blocks >= 0, "indexer.candidate_blocks", "must be >= 0")
+        for name in ("candidate_blocks", "first_layer"):
+            require(getattr(self, name) >= 0, f"indexer.{name}", "must be >= 0")
         reach = self.candidate_blocks * self.block_size
         require(
             not reach or reach >= self.topk,
             "indexer.candidate_blocks",
             f"holds {reach} keys in blocks of {self.block_size}, fewer than topk ({self.topk})",
         )
+
+    def keeps_near(self, layer: int) -> bool:
+        """Whether an ``mla`` layer attends to the last ``topk`` positions alone."""
+        return self.mode != "off" and layer < self.first_layer
+
+    def owned_by(self, layer: int) -> bool:
+        """Whether an ``mla`` layer of the trunk has an indexer; those after it, up to the next one, share it."""
+        past = layer - self.first_layer
+        return self.mode != "off" and past >= 0 and past % self.layers_per_indexer == 0
 
 
 @dataclass(frozen=True)

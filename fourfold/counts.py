@@ -104,7 +104,7 @@ def count_parameters(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def num_indexers(cfg: ModelConfig) -> int:
-    """Indexers of the trunk. ``mla``: one for each group of ``layers_per_indexer`` layers, the last maybe short."""
+    """Indexers of the trunk. ``mla``: one for each group of layers, the last maybe short."""
     a = cfg.attention
     if cfg.indexer.mode == "off":
         return 0
@@ -112,7 +112,7 @@ def num_indexers(cfg: ModelConfig) -> int:
         return a.compress_ratios.count(a.csa_ratio)
     if a.kind == "csa2":
         return len(a.index_source_layer_ids)
-    return -(-cfg.num_hidden_layers // cfg.indexer.layers_per_indexer)
+    return sum(map(cfg.indexer.owned_by, range(cfg.num_hidden_layers)))
 
 
 def engram_rows(cfg: ModelConfig) -> int:
@@ -338,8 +338,8 @@ def _layer_reads(cfg: ModelConfig, layer: int, absorbed: bool) -> Iterator[Read]
             per_key = 2 * a.kv_lora_rank + a.qk_rope_head_dim
         else:
             per_key = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
-        yield Read("attention", width, 2 * heads * per_key, limit=topk)
-        if in_use and (layer == cfg.num_hidden_layers or layer % i.layers_per_indexer == 0):
+        yield Read("attention", width, 2 * heads * per_key, limit=i.topk if i.keeps_near(layer) else topk)
+        if in_use and (layer == cfg.num_hidden_layers or i.owned_by(layer)):
             yield Read("indexer", i.head_dim, per_score, limit=i.candidate_blocks * i.block_size or None)
             if i.candidate_blocks:  # which of them are looked into, by their summaries
                 yield Read("indexer", i.head_dim, per_score, i.block_size)

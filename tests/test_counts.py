@@ -253,6 +253,7 @@ def random_config(seed: int) -> ModelConfig:
                 "n_heads": rng.randint(1, 3),
                 "head_dim": 8,
                 "layers_per_indexer": rng.randint(1, 3),
+                "first_layer": rng.randint(0, 2),
             },
             "moe": {
                 "n_routed_experts": pick((0, 4, 8)),

@@ -40,8 +40,7 @@ def attention(cfg: ModelConfig, layer: int) -> nn.Module:
     if cfg.attention.kind == "gqa":
         return GQA(cfg, layer)
     if cfg.attention.kind == "mla":
-        owns = cfg.indexer.mode != "off" and (
-            layer % cfg.indexer.layers_per_indexer == 0 or layer == cfg.num_hidden_layers
-        )
+        past_trunk = cfg.indexer.mode != "off" and layer == cfg.num_hidden_layers
+        owns = past_trunk or cfg.indexer.owned_by(layer)
         return MLA(cfg, layer, Indexer(cfg, layer) if owns else None)
     return CSA2(cfg, layer) if cfg.attention.kind == "csa2" else CompressedAttention(cfg, layer)

@@ -118,7 +118,7 @@ def attention_width(cfg: ModelConfig) -> int:
 
 def indexer_layers(cfg: ModelConfig) -> list[int]:
     """The layers that own an indexer; the others of a group reuse its selection."""
-    return [] if cfg.indexer.mode == "off" else list(range(0, cfg.num_hidden_layers, cfg.indexer.layers_per_indexer))
+    return list(filter(cfg.indexer.owned_by, range(cfg.num_hidden_layers)))
 
 
 @dataclass

@@ -89,6 +89,21 @@ class Selection:
         return self.chosen[number] if self.chosen else chosen_mask(self.positions[number], window.length)
 
 
+def nearest(ctx: Context, count: int) -> Selection:
+    """The last ``count`` positions of each query, its own among them."""
+    selection = Selection([], [])
+    for window in ctx.windows:
+        back = torch.arange(count - 1, -1, -1, device=window.rows.device)
+        positions = window.positions[..., None] - back
+        if ctx.cache is not None and window.sequences is not None:
+            missing = (-positions[..., :1]).clamp_min(0)  # before the first; what is there moves to the front
+            selection.positions.append((positions + missing).where(back >= missing, -1))
+        else:
+            number = torch.arange(window.length, device=window.rows.device)
+            selection.chosen.append(window.visible & (number >= positions[..., :1]))
+    return selection
+
+
 def chosen_mask(positions: Tensor, count: int) -> Tensor:
     """bool [B, L, count]: the keys at ``positions`` int64 [B, L, k], -1 is none."""
     mask = positions.new_zeros(*positions.shape[:2], count + 1, dtype=torch.bool)

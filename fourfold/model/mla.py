@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.cache import attention_width
-from fourfold.model.context import Context, Window, join
+from fourfold.model.context import Context, Window, join, nearest
 from fourfold.model.indexer import Indexer, block_loss, index_loss, index_recall
 from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
@@ -34,6 +34,7 @@ class MLA(nn.Module):
         a = cfg.attention
         self.cfg, self.mode, self.topk, self.block_size = a, cfg.indexer.mode, cfg.indexer.topk, cfg.indexer.block_size
         self.layer, self.slot, self.gather_above = layer, f"layers.{layer}.kv", gather_above(cfg)
+        self.keeps_near = cfg.indexer.keeps_near(layer)
         self.heads, self.query_dim = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
         self.scale = self.query_dim**-0.5 * ops.yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
         if a.q_lora_rank:
@@ -60,7 +61,9 @@ class MLA(nn.Module):
             [self.kv_a_layernorm(latent), ops.apply_rope(k_rope, ctx.rotary.cos, ctx.rotary.sin)], dim=-1
         )
 
-        if self.indexer is not None and self.mode != "dense":
+        if self.keeps_near:
+            ctx.selection = nearest(ctx, self.topk)
+        elif self.indexer is not None and self.mode != "dense":
             ctx.selection = self.indexer(x, q_latent, ctx)
         if ctx.cache is not None:
             ctx.cache.write(self.slot, entries)
@@ -77,13 +80,17 @@ class MLA(nn.Module):
                 parts.append(self.naive(*queries, keys, window, number, ctx))
         return self.o_proj(join(ctx.windows, parts).flatten(1))
 
+    def _selects(self, ctx: Context) -> bool:
+        return (self.mode == "sparse" or self.keeps_near) and ctx.selection is not None
+
     def _chosen(self, window: Window, number: int, ctx: Context) -> Tensor:
-        if self.mode != "sparse" or ctx.selection is None:
+        if not self._selects(ctx):
             return window.visible
+        assert ctx.selection is not None
         return ctx.selection.mask(number, window)
 
     def _gathers(self, window: Window, ctx: Context) -> bool:
-        return self.mode == "sparse" and ctx.selection is not None and window.length > self.gather_above
+        return self._selects(ctx) and window.length > self.gather_above
 
     def naive(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, window: Window, number: int, ctx: Context) -> Tensor:
         """Keys and values expanded per head. q_*: [B, L, H, *]; keys: [B, S, R + dr]. Returns [B, L, H, dv]."""
@@ -97,7 +104,7 @@ class MLA(nn.Module):
         chosen = self._chosen(window, number, ctx)
         if ctx.probe is not None:
             ctx.probe.selected.setdefault(self.layer, []).append(chosen.detach())
-        if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None:
+        if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None and ctx.selection.scores:
             target = ops.attention_mass(q, k, chosen, self.scale)
             crowd = (window.take(ctx.packed.positions) + 1) / window.visible.sum(-1)
             loss = index_loss(target, ctx.selection.scores[number], chosen, crowd)
@@ -118,7 +125,8 @@ class MLA(nn.Module):
         """
         if ctx.probe is not None:
             ctx.probe.selected.setdefault(self.layer, []).append(self._chosen(window, number, ctx))
-        if self.mode == "sparse" and ctx.selection is not None and self.topk < window.length:
+        if self._selects(ctx) and self.topk < window.length:
+            assert ctx.selection is not None
             positions = ctx.selection.kept(number, self.topk).flatten(0, 1)
             valid, indices = positions >= 0, positions.clamp_min(0)
         else:

@@ -181,14 +181,18 @@ def run_tokenizer(run: Path, recipe: Recipe, console: Console, parallel: Paralle
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
     """A fresh model whose Engram knows the tokenizer's compressed vocabulary; or that which ``init`` names, with fresh
-    indexers where the recipe has layers share them otherwise."""
+    indexers where the recipe has them in other layers or of other sizes."""
     cfg = recipe.config()
     if recipe.init:
         begun, _ = load_model(resolve(recipe.init), torch.float32)
         model = Model(cfg.replace(**{"engram.compressed_vocab_size": begun.cfg.engram.compressed_vocab_size}))
         fresh = model.state_dict()
         indexers = {name: weight for name, weight in fresh.items() if ".indexer." in name}
-        weights = {n: w for n, w in begun.state_dict().items() if n in fresh or ".indexer." not in n}
+        weights = {
+            n: w
+            for n, w in begun.state_dict().items()
+            if ".indexer." not in n or (n in fresh and w.shape == fresh[n].shape)
+        }
         try:
             model.load_state_dict(indexers | weights)
         except RuntimeError as error:

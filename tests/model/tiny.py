@@ -120,6 +120,7 @@ def random_config(seed: int) -> ModelConfig:
             "indexer.head_dim": rng.choice([4, 8]),
             "indexer.topk": rng.choice([1, 5, 9]),
             "indexer.layers_per_indexer": rng.choice([1, 2, 4]),
+            "indexer.first_layer": rng.choice([0, 0, 1]),
         }
     if rng.random() < 0.7:
         groups = rng.choice([1, 4])

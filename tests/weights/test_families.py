@@ -235,6 +235,7 @@ def test_a_family_expresses_its_own_tiny_model(model_type):
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
         ("deepseek_v3", {"media.image": {"patch_size": 2}}, "media.image"),
         ("deepseek_v32", {"indexer.layers_per_indexer": 2}, "indexer.layers_per_indexer"),
+        ("deepseek_v32", {"indexer.first_layer": 1}, "indexer.first_layer"),
         ("deepseek_v32", {"indexer.mode": "dense"}, "indexer.mode"),
         ("deepseek_v4", {"moe.first_k_dense_replace": 1}, "moe.first_k_dense_replace"),
         ("deepseek_v4", {"residual.kind": "mhc_single_pass"}, "residual.kind"),

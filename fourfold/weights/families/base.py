@@ -116,7 +116,7 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
     if cfg.indexer.mode == "off":
         change["indexer"] = dataclasses.asdict(IndexerConfig())
     elif a.kind != "mla":
-        change["indexer.layers_per_indexer"] = 1
+        change |= {"indexer.layers_per_indexer": 1, "indexer.first_layer": 0}
     if not cfg.moe.n_routed_experts:
         change["moe"] = dataclasses.asdict(MoEConfig(swiglu_limit=cfg.moe.swiglu_limit))
         change.pop("moe.bias_update_speed")
