@@ -176,7 +176,7 @@ def test_selection_by_either_unit_keeps_the_best_scores(dtype, matrix, monkeypat
         pages = torch.randperm(13)[None]
         found = select_positions(q, weights, in_pages(keys), pages, past, k)
         lying = ops.decode_rows(keys, [dim])[pages[0]].flatten(0, 1)[None].double()
-        scores = reference.index_scores(q.double(), lying, weights.double())
+        scores = reference.index_scores(q.bfloat16().double(), lying, weights.double())
         scores = scores.masked_fill(torch.arange(13 * 32) > torch.arange(400, 405)[:, None], -torch.inf)
         assert (found >= 0).all() and (found.diff() > 0).all()
         assert (scores.gather(-1, found) >= scores.topk(k).values[..., -1:] - 2e-4).all()

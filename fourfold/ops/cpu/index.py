@@ -45,6 +45,7 @@ def select_positions(
     if not fits or route() != "native":
         return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks, ratio)
     q, weights, pages, past = (t.detach().contiguous() for t in (q, weights, pages, past))
+    q = reference.queries_for(keys.dtype, q)
     out = torch.empty(*q.shape[:2], k, dtype=torch.int64)
     library = native.library()
     assert library is not None

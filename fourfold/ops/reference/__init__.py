@@ -28,6 +28,7 @@ from fourfold.ops.reference.index import (
     candidate_keys,
     chosen_positions,
     index_scores,
+    queries_for,
     select_positions,
     select_topk,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "row_width",
+    "queries_for",
     "select_positions",
     "select_topk",
     "simulate_fp4",

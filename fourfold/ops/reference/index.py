@@ -53,6 +53,11 @@ def candidate_keys(
     return near.repeat_interleave(size, dim=-1)[..., :count]
 
 
+def queries_for(dtype: torch.dtype, q: Tensor) -> Tensor:
+    """Queries in bfloat16 where keys lie in no more bits: a matrix unit multiplies those, and either loses as much."""
+    return q if dtype in (torch.float32, torch.float64) else q.bfloat16().to(q.dtype)
+
+
 def select_positions(
     q: Tensor,
     weights: Tensor,
@@ -64,13 +69,14 @@ def select_positions(
     blocks: int = 0,
     ratio: int = 1,
 ) -> Tensor:
-    """:func:`select_topk` of :func:`index_scores` over cached pages, as positions.
+    """:func:`select_topk` of :func:`index_scores` of :func:`queries_for` cached pages, as positions.
 
     q, weights: of :func:`index_scores`; keys: [P, page_size, row_width of D], rows of any format; pages: int64 [B, m],
     those of each sequence; past: int64 [B], positions before the first query; summaries: [P, page_size / size,
     row_width of D], then among the :func:`candidate_keys` alone; ratio: positions that a key stands for, which is seen
     from the last of them on. Returns int64 [B, L, k], ascending, -1 after the last.
     """
+    q = queries_for(keys.dtype, q)
     rows = decode_rows(keys[pages].flatten(1, 2), [q.shape[-1]])
     positions = (past[:, None] + torch.arange(1, q.shape[1] + 1, device=q.device)) // ratio - 1  # newest key of each
     number = torch.arange(rows.shape[1], device=q.device)

@@ -117,6 +117,8 @@ template <class How> class Best {
 public:
     explicit Best(int64_t k) : k(k), kept(2 * k + CHUNK), spare(2 * k + CHUNK) {}
 
+    // What is less is not among them
+    float least() const { return bar; }
     // n <= CHUNK scores and their positions; scores up to a multiple of four are read
     void offer(const float* scores, const uint32_t* positions, int64_t n) {
         count += How::take(scores, positions, n, bar, kept.data() + count);

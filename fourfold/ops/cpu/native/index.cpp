@@ -16,7 +16,8 @@
 
 namespace {
 
-constexpr int64_t TILE = 16;  // queries that share keys, CHUNK of them laid out at a time
+// Queries that share keys, CHUNK of them laid out at a time: few where each of them keeps many blocks
+constexpr int64_t TILE = 128, TWO_LEVEL_TILE = 32, SMALLEST_TILE = 16;
 constexpr int EIGHT = 8;      // heads that share a load of the keys
 constexpr size_t AHEAD = 6;   // blocks that are fetched from memory while others are scored
 
@@ -113,26 +114,27 @@ struct ByLanes {
     std::vector<float> space;
 
     static int64_t depth(int64_t width) { return width; }
-    // Rows first .. first + n - 1 become keys number `at` and following
-    static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, float* keys, float*, int64_t at) {
-        lay_out(rows, b, first, n, keys + at);
+    // Rows first .. first + n - 1, n <= CHUNK, as all queries want them; scales: of codes, else not written
+    static void lay(const Rows& rows, int64_t b, int64_t first, int64_t n, float* keys, float*) {
+        lay_out(rows, b, first, n, keys);
     }
     void begin(const float* queries, const float* head_weights, int64_t, int64_t n_heads, int64_t n) {
         q = queries, weights = head_weights, heads = n_heads, width = n;
         space.resize(width * CHUNK);
     }
-    const float* find(const Rows& rows, int64_t b, int64_t first, int64_t n, float*) {
-        take(rows, b, first, n, space.data(), nullptr, 0);
-        return space.data();
+    // out[t][s], rows of CHUNK: the scores of n keys that are laid so, for the first `count` queries; scales: of codes;
+    // hits[t]: whether one of them may be no less than bars[t]
+    void score(const float* keys, const float*, int64_t count, int64_t n, const float*, float* out, bool* hits) const {
+        for (int64_t t = 0; t < count; t++) score_query(keys, t, n, out + t * CHUNK), hits[t] = true;
     }
-    // out[t][s], rows of CHUNK: the scores of n keys for queries from .. until - 1
-    void score(const float* keys, const float*, int64_t from, int64_t until, int64_t n, float* out) const {
-        for (int64_t t = from; t < until; t++)
-            score_keys(q + t * heads * width, weights + t * heads, heads, width, keys, n, out + t * CHUNK);
+    // Rows first .. first + n - 1 become keys number `at` and following of those that one query looks at
+    void gather(const Rows& rows, int64_t b, int64_t first, int64_t n, float*, int64_t at) {
+        lay_out(rows, b, first, n, space.data() + at);
     }
-    // The same for query t and the CHUNK keys in `space`
-    void score_space(const float* scales, int64_t t, int64_t n, float* out) const {
-        score(space.data(), scales, t, t + 1, n, out);
+    // out[s]: the scores of the n keys gathered, for query t
+    void score_gathered(const float*, int64_t t, int64_t n, float* out) const { score_query(space.data(), t, n, out); }
+    void score_query(const float* keys, int64_t t, int64_t n, float* out) const {
+        score_keys(q + t * heads * width, weights + t * heads, heads, width, keys, n, out);
     }
     void end() {}
 };
@@ -147,64 +149,63 @@ template <class T> INLINE void narrow(const char* from, int64_t width, uint16_t*
     }
 }
 
-// The same for the matrix unit: keys with a row of bfloat16 each, and the scales of codes beside them.
+// The same for the matrix unit: keys as bfloat16, and the scales of codes beside them.
 struct ByMatrix {
     typedef uint16_t Number;
     typedef Best<ByVectors> Kept;
+    matrix::ManyQueries many;
     matrix::Queries queries;
     int64_t width;
     std::vector<uint16_t> space;
 
     static int64_t depth(int64_t width) { return (width + matrix::DEPTH - 1) / matrix::DEPTH * matrix::DEPTH; }
-    MATRIX static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, uint16_t* keys, float* scales, int64_t at) {
+    MATRIX static void lay(const Rows& rows, int64_t b, int64_t first, int64_t n, uint16_t* keys, float* scales) {
+        static thread_local std::vector<uint16_t> codes;
         const int64_t each = depth(rows.width);
-        uint16_t* to = keys + at * each;
-        if (lie_so(rows, first, n)) {
+        if (rows.format != BFLOAT16) {
+            codes.assign(CHUNK * each, 0);
+            take(rows, b, first, n, codes.data(), scales);
+        }
+        for (int64_t s = 0; s < CHUNK; s += matrix::SIDE) {
+            const uint16_t* from[matrix::SIDE];
+            for (int64_t i = 0; i < matrix::SIDE; i++) {
+                from[i] = s + i >= n                ? nullptr
+                          : rows.format == BFLOAT16 ? reinterpret_cast<const uint16_t*>(rows.row(b, first + s + i))
+                                                    : codes.data() + (s + i) * each;
+            }
+            matrix::lay_columns(from, rows.width, keys + s * each);
+        }
+    }
+    // Rows first .. first + n - 1 as rows; scales[i]: of row first + i
+    MATRIX static void take(const Rows& rows, int64_t b, int64_t first, int64_t n, uint16_t* to, float* scales) {
+        const int64_t each = depth(rows.width);
+        if (rows.format == BFLOAT16 && each == rows.width && first % rows.per_page + n <= rows.per_page) {
             std::memcpy(to, rows.row(b, first), n * each * 2);
             return;
         }
         for (int64_t s = 0; s < n; s++, to += each) {
             const char *row = rows.row(b, first + s), *codes = row + scale_bytes(rows.format, 1);
-            scales[at + s] = scale_of(row, rows.format, 0);
+            scales[s] = scale_of(row, rows.format, 0);
             if (rows.format == BFLOAT16) std::memcpy(to, codes, rows.width * 2);
             if (rows.format == INT8) narrow<int8_t>(codes, rows.width, to);
             if (rows.format == E4M3) narrow<Fp8>(codes, rows.width, to);
         }
     }
-    // Whether these rows are keys as they are wanted, one after the other
-    static bool lie_so(const Rows& rows, int64_t first, int64_t n) {
-        return rows.format == BFLOAT16 && depth(rows.width) == rows.width && first % rows.per_page + n <= rows.per_page;
-    }
     MATRIX void begin(const float* q, const float* weights, int64_t count, int64_t heads, int64_t n) {
         matrix::configure();
         queries.lay_out(q, weights, count, heads, n);
+        many.lay_out(q, weights, count, heads, n);
         width = n, space.assign(depth(width) * CHUNK, 0);
     }
-    const uint16_t* find(const Rows& rows, int64_t b, int64_t first, int64_t n, float* scales) {
-        // Whole tiles are read, also of the last few
-        if (lie_so(rows, first, (n + LANES - 1) / LANES * LANES)) return reinterpret_cast<const uint16_t*>(rows.row(b, first));
-        take(rows, b, first, n, space.data(), scales, 0);
-        return space.data();
+    MATRIX void score(const uint16_t* keys, const float* scales, int64_t count, int64_t, const float* bars, float* out, bool* hits) const {
+        matrix::score_columns(many, count, keys, scales, bars, out, hits);
     }
-    // The other query of a pair is scored, too
-    MATRIX void score(const uint16_t* keys, const float* scales, int64_t from, int64_t until, int64_t n, float* out) const {
-        for (int64_t pair = from / 2; pair <= (until - 1) / 2; pair++)
-            for (int64_t s = 0, some; s < n; s += some) {
-                const int64_t tiles = (n - s + LANES - 1) / LANES;
-                auto way = tiles == 1 ? matrix::score_pair<1> : tiles < 4 ? matrix::score_pair<2> : matrix::score_pair<4>;
-                some = (tiles < 2 ? 1 : tiles < 4 ? 2 : 4) * LANES;
-                float* to = out + 2 * pair * CHUNK + s;
-                way(queries, pair, keys + s * depth(width), to, CHUNK);
-                for (int64_t i = 0; scales && i < some; i += LANES) {
-                    store(to + i, load(to + i) * load(scales + s + i));
-                    store(to + CHUNK + i, load(to + CHUNK + i) * load(scales + s + i));
-                }
-            }
+    void gather(const Rows& rows, int64_t b, int64_t first, int64_t n, float* scales, int64_t at) {
+        take(rows, b, first, n, space.data() + at * depth(width), scales + at);
     }
-    MATRIX void score_space(const float* scales, int64_t t, int64_t, float* out) const {
-        float* to = out + t * CHUNK;
-        matrix::score_one(queries, t, space.data(), to);
-        for (int64_t i = 0; scales && i < CHUNK; i += LANES) store(to + i, load(to + i) * load(scales + i));
+    MATRIX void score_gathered(const float* scales, int64_t t, int64_t, float* out) const {
+        matrix::score_one(queries, t, space.data(), out);
+        for (int64_t i = 0; scales && i < CHUNK; i += LANES) store(out + i, load(out + i) * load(scales + i));
     }
     MATRIX void end() { matrix::release(); }
 };
@@ -237,12 +238,12 @@ template <class Scoring> struct Summaries {
         numbers.resize(chunks * size), scales.resize(chunks * CHUNK);
         in_parts(threads, int(chunks), [&](int c) {
             const int64_t first = c * CHUNK, n = std::min(CHUNK, count - first);
-            Scoring::take(r.summaries, b, first, n, numbers.data() + c * size, scales.data() + first, 0);
+            Scoring::lay(r.summaries, b, first, n, numbers.data() + c * size, scales.data() + first);
         });
     }
 };
 
-// Queries first .. last - 1 of sequence b, no more than TILE
+// Queries first .. last - 1 of sequence b, no more than a tile
 template <class Scoring>
 void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, int64_t first, int64_t last) {
     static thread_local Scoring scoring;
@@ -253,21 +254,27 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
     uint32_t places[CHUNK];  // of the keys that are scored
     std::vector<typename Scoring::Kept> best(count, typename Scoring::Kept(r.k));
     std::vector<int64_t> chosen;
-    // Offers keys start .. stop - 1 to the collection of each query t .. until - 1, as far as it sees them
-    auto offer_keys = [&](int64_t start, int64_t stop, int64_t t, int64_t until) {
-        for (int64_t s = start; s < stop; s += CHUNK) {
-            const int64_t there = std::min(CHUNK, stop - s);
-            const auto* keys = scoring.find(r.keys, b, s, there, scales);
-            std::iota(places, places + CHUNK, uint32_t(s));
-            scoring.score(keys, scaled ? scales : nullptr, t, until, there, scores);
-            for (int64_t each = t; each < until; each++) {
-                const int64_t n = std::min(there, r.seen(b, first + each) - s);
-                if (n > 0) best[each].offer(scores + each * CHUNK, places, n);
-            }
+    float bars[TILE];
+    bool hits[TILE];
+    // Offers n keys from number s on, laid out, to the collection of each query as far as it sees them
+    auto offer_all = [&](const auto* keys, const float* key_scales, int64_t s, int64_t n, auto& collections, auto seen) {
+        std::iota(places, places + CHUNK, uint32_t(s));
+        for (int64_t t = 0; t < count; t++) bars[t] = collections[t].least();
+        scoring.score(keys, scaled ? key_scales : nullptr, count, n, bars, scores, hits);
+        for (int64_t t = 0; t < count; t++) {
+            const int64_t there = hits[t] ? std::min(n, seen(t) - s) : 0;
+            if (there > 0) collections[t].offer(scores + t * CHUNK, places, there);
         }
     };
     if (!r.in_two_levels(b, last - 1)) {  // no block is left out
-        offer_keys(0, r.seen(b, last - 1), 0, count);
+        static thread_local std::vector<typename Scoring::Number> keys;
+        keys.resize(Scoring::depth(width) * CHUNK);
+        const int64_t stop = r.seen(b, last - 1);
+        for (int64_t s = 0; s < stop; s += CHUNK) {
+            const int64_t there = std::min(CHUNK, stop - s);
+            Scoring::lay(r.keys, b, s, there, keys.data(), scales);
+            offer_all(keys.data(), scales, s, there, best, [&](int64_t t) { return r.seen(b, first + t); });
+        }
     } else {
         std::vector<typename Scoring::Kept> near(count, typename Scoring::Kept(r.blocks - 1));
         const int64_t size = Scoring::depth(width) * CHUNK, newest = r.own_block(b, last - 1);
@@ -275,20 +282,15 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
         for (int64_t t = 0; t < count; t++) ends[t] = r.own_block(b, first + t);
         for (int64_t s = 0; s < newest && r.blocks > 1; s += CHUNK) {
             const auto* keys = summaries.numbers.data() + s / CHUNK * size;
-            std::iota(places, places + CHUNK, uint32_t(s));
-            scoring.score(keys, scaled ? summaries.scales.data() + s : nullptr, 0, count, CHUNK, scores);
-            for (int64_t t = 0; t < count; t++) {
-                const int64_t n = std::min(CHUNK, ends[t] - s);
-                if (n > 0) near[t].offer(scores + t * CHUNK, places, n);
-            }
+            offer_all(keys, summaries.scales.data() + s, s, CHUNK, near, [&](int64_t t) { return ends[t]; });
         }
         for (int64_t t = 0; t < count; t++) {
             near[t].list(chosen);
             chosen.push_back(ends[t]);
             int64_t there = 0;  // keys gathered
             auto score = [&] {
-                scoring.score_space(scaled ? scales : nullptr, t, there, scores);
-                best[t].offer(scores + t * CHUNK, places, there);
+                scoring.score_gathered(scaled ? scales : nullptr, t, there, scores);
+                best[t].offer(scores, places, there);
                 there = 0;
             };
             for (size_t i = 0; i < chosen.size(); i++) {
@@ -296,7 +298,7 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
                 const int64_t stop = std::min((chosen[i] + 1) * r.block, r.seen(b, first + t));
                 for (int64_t s = chosen[i] * r.block, n; s < stop; s += n) {
                     n = std::min(CHUNK - there, stop - s);
-                    Scoring::take(r.keys, b, s, n, scoring.space.data(), scales, there);
+                    scoring.gather(r.keys, b, s, n, scales, there);
                     std::iota(places + there, places + there + n, uint32_t(s));
                     if ((there += n) == CHUNK) score();
                 }
@@ -317,10 +319,12 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
 template <class Scoring> void select_all(const Request& r, int threads) {
     std::vector<Summaries<Scoring>> summaries(r.batch);
     for (int64_t b = 0; b < r.batch; b++) summaries[b].lay_out(r, b, threads);
-    const int64_t tiles = (r.queries + TILE - 1) / TILE;
+    const int64_t most = r.summaries.data ? TWO_LEVEL_TILE : TILE, share = (r.batch * r.queries + threads - 1) / threads;
+    const int64_t tile = std::max(SMALLEST_TILE, std::min(most, share / SMALLEST_TILE * SMALLEST_TILE));
+    const int64_t tiles = (r.queries + tile - 1) / tile;
     in_parts(threads, int(r.batch * tiles), [&](int part) {
-        const int64_t b = part / tiles, first = part % tiles * TILE;
-        select(r, summaries[b], b, first, std::min(r.queries, first + TILE));
+        const int64_t b = part / tiles, first = part % tiles * tile;
+        select(r, summaries[b], b, first, std::min(r.queries, first + tile));
     });
 }
 
