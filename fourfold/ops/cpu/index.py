@@ -10,6 +10,7 @@ from fourfold.ops.cpu import native
 from fourfold.ops.cpu.quantized import route
 from fourfold.ops.cpu.rows import FORMATS
 from fourfold.ops.cpu.threads import team
+from fourfold.ops.reference.index import queries_for
 
 
 def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
@@ -45,7 +46,7 @@ def select_positions(
     if not fits or route() != "native":
         return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks, ratio)
     q, weights, pages, past = (t.detach().contiguous() for t in (q, weights, pages, past))
-    q = reference.queries_for(keys.dtype, q)
+    q = queries_for(keys.dtype, q)
     out = torch.empty(*q.shape[:2], k, dtype=torch.int64)
     library = native.library()
     assert library is not None

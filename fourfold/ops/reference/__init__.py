@@ -28,7 +28,6 @@ from fourfold.ops.reference.index import (
     candidate_keys,
     chosen_positions,
     index_scores,
-    queries_for,
     select_positions,
     select_topk,
 )
@@ -99,7 +98,6 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "row_width",
-    "queries_for",
     "select_positions",
     "select_topk",
     "simulate_fp4",

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.ops import reference
+from fourfold.ops.reference.index import queries_for
 from fourfold.ops.triton.common import LEAST, dot, fits, power
 
 KEYS = 64  # of a program
@@ -61,7 +62,7 @@ def select_positions(
     """See :func:`fourfold.ops.reference.select_positions`. One level; with summaries the reference."""
     if summaries is not None or not fits(q, weights, keys):
         return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks, ratio)
-    q = reference.queries_for(keys.dtype, q)
+    q = queries_for(keys.dtype, q)
     size, queries = keys.shape[1], q.shape[1]
     seen = (past[:, None, None] + torch.arange(1, queries + 1, device=q.device)[:, None]) // ratio
     best = torch.full((len(q), queries, k), -torch.inf, device=q.device)
