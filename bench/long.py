@@ -1,6 +1,6 @@
-"""A long context read by a model: time and memory of reading it, speed of decoding after it, and how many of the keys
-that the flat indexer would choose from the same pages the two-level one finds; for pages of each format, in memory or,
-but for what ``--memory`` leaves room for, in a file.
+"""A long context read by a model: time and memory of reading it, speed of decoding after it, and, where its indexers
+work in two levels, how many of the keys that flat ones would choose from the same pages they find; for pages of each
+format, in memory or, but for what ``--memory`` leaves room for, in a file.
 
 The bundled model was trained on short contexts: what it would answer is another question (`fourfold eval needle`).
 """
@@ -30,13 +30,14 @@ from fourfold.weights.checkpoint import load_model, resolve
 CHUNK, FIRST, DECODED = 512, 4096, 24
 
 
-def extended(model: Model, length: int, block_size: int, candidate_blocks: int) -> Model:
-    """The same weights, read further than they were trained for."""
+def extended(model: Model, length: int, block_size: int | None, candidate_blocks: int | None) -> Model:
+    """The same weights, read further than they were trained for; None: as the model has it."""
+    index = model.cfg.indexer
     cfg = model.cfg.replace(
         **{
             "max_position_embeddings": length + 2 * CHUNK,
-            "indexer.block_size": block_size,
-            "indexer.candidate_blocks": candidate_blocks,
+            "indexer.block_size": index.block_size if block_size is None else block_size,
+            "indexer.candidate_blocks": index.candidate_blocks if candidate_blocks is None else candidate_blocks,
         }
     )
     model.cfg = cfg
@@ -57,8 +58,8 @@ def main() -> None:
     flags.add_argument("--model", default="nano")
     flags.add_argument("--length", type=int, default=65536)
     flags.add_argument("--quant", choices=("int8", "int4"), default="int8")
-    flags.add_argument("--block-size", type=int, default=32)
-    flags.add_argument("--candidate-blocks", type=int, default=256)
+    flags.add_argument("--block-size", type=int)
+    flags.add_argument("--candidate-blocks", type=int, help="0: flat; default of both: the model's")
     flags.add_argument("--cache-format", choices=tuple(ops.ROW_FORMATS), default="bf16")
     flags.add_argument("--context-pages", type=Path, metavar="DIR", help="pages in a temporary file here")
     flags.add_argument("--memory", type=parse_size, metavar="SIZE", help="for weights and cache, with --context-pages")
@@ -94,7 +95,7 @@ def main() -> None:
             continue
         branch, probe = fork(pool, state), Probe()
         read(branch, ids[:64], probe)
-        shares = torch.cat([kept.flatten() for each in probe.kept.values() for kept in each]).tolist()
+        shares = [share for each in probe.kept.values() for kept in each for share in kept.flatten().tolist()]
         rates = [1 / read(branch, [token]) for token in ids[:DECODED]][4:]
         pool.release(branch.pages)
         held = resident()
@@ -103,7 +104,8 @@ def main() -> None:
             memory |= {"rows_given_back": file.evicted, "rows_gib": file.resident / 2**30}
         cases[f"{done} tokens read"] = case(spent, None, None, "s", [spent], pages=args.cache_format, **memory)
         cases[f"decode after {done}"] = case(median(rates), None, None, "tokens/s", rates)
-        cases[f"keys kept at {done}"] = case(100 * sum(shares) / len(shares), None, None, "%", [100 * min(shares)])
+        if shares:
+            cases[f"keys kept at {done}"] = case(100 * sum(shares) / len(shares), None, None, "%", [100 * min(shares)])
         line = f"{done}: {spent:.1f} s, {median(rates):.0f} tokens/s, {memory}"
         print(line, file=sys.stderr, flush=True)
     finish(cases, args.json)

@@ -110,8 +110,8 @@ NEEDLES = {
 
 
 def name(rng: Rng, kind: str, split: str, role: str) -> str:
-    """An adjective and a noun (pair), a made-up word of four syllables, a number of seven digits or a short one of two,
-    or 16 hexadecimal digits, of ``split``."""
+    """An adjective and a noun (pair), a made-up word of four syllables, a number of seven digits, one of no more than
+    three different ones (alike) or a short one of two, or 16 hexadecimal digits, of ``split``."""
     while True:
         if kind == "pair":
             text = f"{pick(rng, ADJECTIVES)} {pick(rng, THINGS)}"
@@ -120,6 +120,9 @@ def name(rng: Rng, kind: str, split: str, role: str) -> str:
             text = "".join(CONSONANTS[c] + VOWELS[v] for c, v in drawn)
         elif kind == "number":
             text = str(int(rng.integers(1_000_000, 10_000_000)))
+        elif kind == "alike":
+            few = rng.permutation(10)[:3]
+            text = "".join(str(few[i]) for i in rng.integers(0, 3, 7))
         elif kind == "short":
             text = str(int(rng.integers(10, 100)))
         else:
@@ -311,13 +314,13 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
 def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
     """Nothing but needles, all asked, within the length: much to look up in few tokens, to learn.
 
-    A rehearsal asks as the other tasks do, and half of them have numbers for values: copying is learnt. A drill asks in
-    the words of the needle and its values are short: most is asked of where to look.
+    Copying is learnt: from numbers of few digits also what comes next where the last ones stand twice, and from short
+    ones where to look. A rehearsal asks as the other tasks do, a drill in the words of the needle.
     """
     parts: list[list[int]] = []
     queries: list[Query] = []
     room = length - SPARE
-    spec = Needles("lines", value=pick(rng, ["short"] if task == "drill" else ["short", "number"]))
+    spec = Needles("lines", value=pick(rng, ["short", "number", "alike"]))
     taken: set[str] = set()
     for key, value in _others(rng, spec, split, taken):
         taken.add(key)

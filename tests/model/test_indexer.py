@@ -62,6 +62,21 @@ def test_a_group_of_layers_shares_one_selection():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mode", ["dense", "warmup", "sparse"])
+def test_layers_before_the_first_indexer_see_what_is_near_alone(mode):
+    """Their last topk positions, in rows that hold several documents as well, and whatever the others do."""
+    made, probe = indexed(**{"indexer.first_layer": 2, "indexer.mode": mode}), Probe()
+    assert [i for i, b in enumerate(made.layers) if b.self_attn.indexer is not None] == [2, 4]
+    made(pack([tiny.text(9), tiny.text(3)], row=12), probe=probe)
+    place = torch.arange(12)
+    document = (place >= 9).int()
+    near = (place <= place[:, None]) & (place > place[:, None] - 4) & (document == document[:, None])
+    for layer in (0, 1):
+        assert torch.equal(probe.selected[layer][0][0], near)
+    assert not torch.equal(probe.selected[2][0][0], near)
+
+
+@torch.no_grad()
 def test_the_probe_sees_the_selection_of_prefill_and_decode_alike():
     made, whole, document = indexed(), Probe(), tiny.text(12)
     made(pack([document]), probe=whole)

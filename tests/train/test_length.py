@@ -83,14 +83,14 @@ def test_a_run_may_share_indexers_otherwise_than_the_model_it_begins_from(recipe
     first = Recipe.load(recipe, [f"out={tmp_path / 'first'}"])
     run_recipe(first, ALONE)
 
-    def grouped(begin: str, layers: int) -> Recipe:
+    def grouped(begin: str, layers: int, **changes: int) -> Recipe:
         return Recipe(
             out=str(tmp_path / f"groups of {layers}"),
             init=str(tmp_path / begin / "model"),
             phases=(Phase(1),),
             weights=first.weights,
             corpus=first.corpus,
-            model={"indexer.layers_per_indexer": layers},
+            model={"indexer.layers_per_indexer": layers} | {f"indexer.{name}": value for name, value in changes.items()},
             row=first.row,
             rows=first.rows,
             bf16=False,
@@ -103,3 +103,6 @@ def test_a_run_may_share_indexers_otherwise_than_the_model_it_begins_from(recipe
         torch.testing.assert_close(after[name], value)
     added = after.keys() - before.keys()
     assert added and all(".indexer." in name for name in added)
+    wider, begun = build_model(grouped("groups of 2", 2, n_heads=7), None), shared.cfg.indexer.n_heads
+    assert begun != 7 and wider.layers[0].self_attn.indexer.weights_proj.out_features == 7
+    torch.testing.assert_close(wider.embed_tokens.weight, shared.embed_tokens.weight)

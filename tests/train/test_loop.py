@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -75,6 +76,12 @@ def test_the_model_of_a_run_loads_and_knows_its_tokenizer(whole):
     assert model.cfg.engram.compressed_vocab_size == max(compressed) + 1
     assert model.cfg.indexer.mode == "sparse"
     assert tiny.logits(model, tiny.text(9)).isfinite().all()
+
+
+def test_what_was_there_before_the_first_step_is_no_garbage():
+    with loop.settled():
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_finished_run_is_left_as_it_is(whole, corpus, tmp_path):
