@@ -124,6 +124,12 @@ public:
         count += How::take(scores, positions, n, bar, kept.data() + count);
         if (count >= 2 * k) trim();
     }
+    void add(Best& other) {
+        other.trim();
+        trim();
+        std::copy(other.kept.begin(), other.kept.begin() + other.count, kept.begin() + count);
+        count += other.count;
+    }
     // The positions of the k best, in any order
     void list(std::vector<int64_t>& positions) {
         trim();

@@ -243,9 +243,10 @@ template <class Scoring> struct Summaries {
     }
 };
 
-// Queries first .. last - 1 of sequence b, no more than a tile
+// The best keys of queries first .. last - 1 of sequence b, no more than a tile; in one level, of keys from .. until - 1
 template <class Scoring>
-void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, int64_t first, int64_t last) {
+std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Scoring>& summaries, int64_t b, int64_t first,
+                                            int64_t last, int64_t from, int64_t until) {
     static thread_local Scoring scoring;
     const int64_t at = b * r.queries + first, count = last - first, width = r.keys.width;
     const bool scaled = r.keys.format >= INT8;
@@ -269,9 +270,15 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
     if (!r.in_two_levels(b, last - 1)) {  // no block is left out
         static thread_local std::vector<typename Scoring::Number> keys;
         keys.resize(Scoring::depth(width) * CHUNK);
-        const int64_t stop = r.seen(b, last - 1);
-        for (int64_t s = 0; s < stop; s += CHUNK) {
-            const int64_t there = std::min(CHUNK, stop - s);
+        for (int64_t s = from; s < until; s += CHUNK) {
+            const int64_t there = std::min(CHUNK, until - s);
+            if (count == 1) {  // nobody to lay them out for
+                scoring.gather(r.keys, b, s, there, scales, 0);
+                scoring.score_gathered(scaled ? scales : nullptr, 0, there, scores);
+                std::iota(places, places + CHUNK, uint32_t(s));
+                best[0].offer(scores, places, there);
+                continue;
+            }
             Scoring::lay(r.keys, b, s, there, keys.data(), scales);
             offer_all(keys.data(), scales, s, there, best, [&](int64_t t) { return r.seen(b, first + t); });
         }
@@ -307,12 +314,17 @@ void select(const Request& r, const Summaries<Scoring>& summaries, int64_t b, in
         }
     }
     scoring.end();
-    for (int64_t t = 0; t < count; t++) {
-        int64_t* to = r.out + (at + t) * r.k;
+    return best;
+}
+
+// To the queries of sequence b from `first` on
+template <class Kept> void write(const Request& r, int64_t b, int64_t first, std::vector<Kept>& best) {
+    std::vector<int64_t> chosen;
+    int64_t* to = r.out + (b * r.queries + first) * r.k;
+    for (size_t t = 0; t < best.size(); t++, to += r.k) {
         best[t].list(chosen);
         std::sort(chosen.begin(), chosen.end());
-        to = std::copy(chosen.begin(), chosen.end(), to);
-        std::fill(to, r.out + (at + t + 1) * r.k, -1);
+        std::fill(std::copy(chosen.begin(), chosen.end(), to), to + r.k, -1);
     }
 }
 
@@ -322,10 +334,30 @@ template <class Scoring> void select_all(const Request& r, int threads) {
     const int64_t most = r.summaries.data ? TWO_LEVEL_TILE : TILE, share = (r.batch * r.queries + threads - 1) / threads;
     const int64_t tile = std::max(SMALLEST_TILE, std::min(most, share / SMALLEST_TILE * SMALLEST_TILE));
     const int64_t tiles = (r.queries + tile - 1) / tile;
-    in_parts(threads, int(r.batch * tiles), [&](int part) {
+    auto select = [&](int64_t part, int64_t from, int64_t until) {
         const int64_t b = part / tiles, first = part % tiles * tile;
-        select(r, summaries[b], b, first, std::min(r.queries, first + tile));
+        return collect(r, summaries[b], b, first, std::min(r.queries, first + tile), from, until);
+    };
+    auto seen = [&](int64_t part) { return r.seen(part / tiles, std::min(r.queries, (part % tiles + 1) * tile) - 1); };
+    const int64_t parts = r.batch * tiles, cuts = r.summaries.data ? 1 : threads / std::max<int64_t>(parts, 1);
+    if (cuts < 2) {
+        return in_parts(threads, int(parts), [&](int part) {
+            auto best = select(part, 0, seen(part));
+            write(r, part / tiles, part % tiles * tile, best);
+        });
+    }
+    // A few queries alone: the keys are shared out
+    std::vector<std::vector<typename Scoring::Kept>> found(parts * cuts);
+    in_parts(threads, int(parts * cuts), [&](int i) {
+        const int64_t keys = seen(i / cuts), each = (keys / cuts + CHUNK) / CHUNK * CHUNK, from = std::min(keys, i % cuts * each);
+        found[i] = select(i / cuts, from, std::min(keys, from + each));
     });
+    for (int64_t part = 0; part < parts; part++) {
+        auto& best = found[part * cuts];
+        for (size_t t = 0; t < best.size(); t++)
+            for (int64_t i = 1; i < cuts; i++) best[t].add(found[part * cuts + i][t]);
+        write(r, part / tiles, part % tiles * tile, best);
+    }
 }
 
 }  // namespace
