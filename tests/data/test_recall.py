@@ -89,6 +89,13 @@ def test_a_drill_asks_every_needle_and_holds_nothing_else(task):
     assert learnt == [t for q in made.queries for t in [*(q.tokens if with_questions else []), *q.answer]]
 
 
+@pytest.mark.parametrize("task", ["drill", "rehearsal"])
+def test_drills_have_short_values_numbers_and_numbers_of_few_digits(task):
+    values = [[q.values[0] for q in document(task, TOKENIZER, 400, seed, "train").queries] for seed in range(12)]
+    kinds = {(len(v[0]), max(len(set(value)) for value in v) <= 3) for v in values}
+    assert kinds == {(2, True), (7, False), (7, True)}
+
+
 def test_bad_input_is_refused():
     for refused, words in (
         (("poem", TOKENIZER, 100, 0), "task"),

@@ -90,7 +90,8 @@ def test_a_run_may_share_indexers_otherwise_than_the_model_it_begins_from(recipe
             phases=(Phase(1),),
             weights=first.weights,
             corpus=first.corpus,
-            model={"indexer.layers_per_indexer": layers} | {f"indexer.{name}": value for name, value in changes.items()},
+            model={"indexer.layers_per_indexer": layers}
+            | {f"indexer.{name}": value for name, value in changes.items()},
             row=first.row,
             rows=first.rows,
             bf16=False,
