@@ -109,13 +109,16 @@ private:
 };
 #endif
 
+// newest_first: no chunk has a position behind those offered before it, so that a score no greater than all kept is none
+// of the best. There are many such: the scores of keys of no consequence are zeros.
 template <class How> class Best {
     int64_t k, count = 0;
+    bool newest_first;
     float bar = -INFINITY;
     std::vector<Scored> kept, spare;
 
 public:
-    explicit Best(int64_t k) : k(k), kept(2 * k + CHUNK), spare(2 * k + CHUNK) {}
+    Best(int64_t k, bool newest_first) : k(k), newest_first(newest_first), kept(2 * k + CHUNK), spare(2 * k + CHUNK) {}
 
     // What is less is not among them
     float least() const { return bar; }
@@ -143,6 +146,7 @@ private:
         How::part(kept.data(), count, k, spare.data());
         count = k;
         if (k > 0) bar = score_of(*std::min_element(kept.begin(), kept.begin() + k));
+        if (newest_first) bar = std::nextafter(bar, INFINITY);
     }
 };
 

@@ -253,7 +253,8 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
     scoring.begin(r.q + at * r.heads * width, r.weights + at * r.heads, count, r.heads, width);
     float scores[TILE * CHUNK], scales[CHUNK];
     uint32_t places[CHUNK];  // of the keys that are scored
-    std::vector<typename Scoring::Kept> best(count, typename Scoring::Kept(r.k));
+    const bool one_level = !r.in_two_levels(b, last - 1);  // no block is left out
+    std::vector<typename Scoring::Kept> best(count, typename Scoring::Kept(r.k, one_level));
     std::vector<int64_t> chosen;
     float bars[TILE];
     bool hits[TILE];
@@ -267,10 +268,10 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
             if (there > 0) collections[t].offer(scores + t * CHUNK, places, there);
         }
     };
-    if (!r.in_two_levels(b, last - 1)) {  // no block is left out
+    if (one_level) {
         static thread_local std::vector<typename Scoring::Number> keys;
         keys.resize(Scoring::depth(width) * CHUNK);
-        for (int64_t s = from; s < until; s += CHUNK) {
+        for (int64_t s = from + (until - from - 1) / CHUNK * CHUNK; s >= from && s < until; s -= CHUNK) {
             const int64_t there = std::min(CHUNK, until - s);
             if (count == 1) {  // nobody to lay them out for
                 scoring.gather(r.keys, b, s, there, scales, 0);
@@ -283,11 +284,11 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
             offer_all(keys.data(), scales, s, there, best, [&](int64_t t) { return r.seen(b, first + t); });
         }
     } else {
-        std::vector<typename Scoring::Kept> near(count, typename Scoring::Kept(r.blocks - 1));
+        std::vector<typename Scoring::Kept> near(count, typename Scoring::Kept(r.blocks - 1, true));
         const int64_t size = Scoring::depth(width) * CHUNK, newest = r.own_block(b, last - 1);
         int64_t ends[TILE];
         for (int64_t t = 0; t < count; t++) ends[t] = r.own_block(b, first + t);
-        for (int64_t s = 0; s < newest && r.blocks > 1; s += CHUNK) {
+        for (int64_t s = (newest - 1) / CHUNK * CHUNK; s >= 0 && r.blocks > 1; s -= CHUNK) {
             const auto* keys = summaries.numbers.data() + s / CHUNK * size;
             offer_all(keys, summaries.scales.data() + s, s, CHUNK, near, [&](int64_t t) { return ends[t]; });
         }
