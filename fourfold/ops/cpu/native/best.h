@@ -109,8 +109,8 @@ private:
 };
 #endif
 
-// newest_first: no chunk has a position behind those offered before it, so that a score no greater than all kept is none
-// of the best. There are many such: the scores of keys of no consequence are zeros.
+// newest_first: no chunk has a position behind those offered before it, so that a score equal to the least one kept is
+// none of the best. There may be many: keys of no consequence score zero.
 template <class How> class Best {
     int64_t k, count = 0;
     bool newest_first;

@@ -187,7 +187,7 @@ MATRIX inline void multiply_loaded(const ManyQueries& queries, int64_t t, Produc
 // that fill the last tile are scored, too. scales: of the keys, or null.
 MATRIX inline void score_columns(const ManyQueries& queries, int64_t count, const uint16_t* keys, const float* scales,
                                  const float* bars, float* out, bool* hits) {
-    alignas(64) Products products[2];
+    alignas(64) Products products;
     __m512 totals[COLUMNS] = {};
     const int64_t tiles = queries.groups(count) * queries.tiles;
     const bool loaded = queries.steps == 1;
@@ -197,19 +197,17 @@ MATRIX inline void score_columns(const ManyQueries& queries, int64_t count, cons
         _tile_loadd(6, keys + 2 * TILE, 64);
         _tile_loadd(7, keys + 3 * TILE, 64);
     }
-    for (int64_t t = 0; t <= tiles; t++) {
-        if (t < tiles && loaded) multiply_loaded(queries, t, products[t % 2]);
-        if (t < tiles && !loaded) multiply_columns(queries, t, keys, products[t % 2]);
-        if (t == 0) continue;  // what a tile has written is not there to be read at once, so the one before it is summed
-        const auto& rows = products[(t - 1) % 2];
-        const float* weight = queries.weights.data() + (t - 1) * SIDE;
+    for (int64_t t = 0; t < tiles; t++) {
+        if (loaded) multiply_loaded(queries, t, products);
+        else multiply_columns(queries, t, keys, products);
+        const float* weight = queries.weights.data() + t * SIDE;
         for (int64_t row = 0; row < SIDE;) {
             for (const int64_t stop = row + queries.span; row < stop; row++)
                 for (int64_t n = 0; n < COLUMNS; n++) {
-                    const __m512 product = _mm512_max_ps(_mm512_load_ps(rows[n] + row * SIDE), _mm512_setzero_ps());
+                    const __m512 product = _mm512_max_ps(_mm512_load_ps(products[n] + row * SIDE), _mm512_setzero_ps());
                     totals[n] = _mm512_fmadd_ps(product, _mm512_set1_ps(weight[row]), totals[n]);
                 }
-            if (t % queries.tiles) continue;  // the query has more heads
+            if ((t + 1) % queries.tiles) continue;  // the query has more heads
             const __m512 bar = _mm512_set1_ps(*bars++);
             __mmask16 hit = 0;
             for (int64_t n = 0; n < COLUMNS; n++, out += SIDE) {
