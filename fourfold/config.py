@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +160,8 @@ class IndexerConfig:
     ``mode``: ``off`` (no indexer), ``dense`` (present, unused), ``warmup`` (dense attention, the
     indexer learns by KL and nothing else learns), ``sparse`` (attention over the selected keys).
     ``candidate_blocks`` > 0: keys are scored only in so many blocks of ``block_size``, a query's own and those whose
-    mean key scores best; ``first_layer``: layers before it have no indexer, they attend to the last ``topk``
-    positions, whatever the mode. Both for ``mla``.
+    summary scores best by queries of their own, and a score below zero counts as zero; ``first_layer``: layers before
+    it have no indexer, they attend to the last ``topk`` positions, whatever the mode. Both for ``mla``.
     """
 
     mode: str = "off"
@@ -183,6 +185,16 @@ class IndexerConfig:
             "indexer.candidate_blocks",
             f"holds {reach} keys in blocks of {self.block_size}, fewer than topk ({self.topk})",
         )
+
+    @property
+    def floor(self) -> float:
+        """A score below counts as it."""
+        return 0.0 if self.candidate_blocks else -math.inf
+
+    @property
+    def rows_per_position(self) -> Fraction:
+        """Keys and summaries that are cached of a position."""
+        return 1 + (Fraction(1, self.block_size) if self.candidate_blocks else Fraction())
 
     def keeps_near(self, layer: int) -> bool:
         """Whether an ``mla`` layer attends to the last ``topk`` positions alone."""
@@ -361,6 +373,7 @@ class ModelConfig:
         )
         a = self.attention
         require(self.indexer.mode == "off" or a.kind != "gqa", "indexer.mode", "must be 'off' for attention.kind 'gqa'")
+        require(not self.indexer.candidate_blocks or a.kind == "mla", "indexer.candidate_blocks", "is for kind 'mla'")
         require(
             self.indexer.mode == "off" or self.indexer.head_dim >= a.qk_rope_head_dim,
             "indexer.head_dim",

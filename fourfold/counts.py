@@ -189,14 +189,14 @@ def _indexers(cfg: ModelConfig) -> int:
     if a.kind == "csa2" and i.mode != "off":
         keys = len(a.kv_source_layer_ids) * (a.head_dim * i.head_dim + i.head_dim)
         return num_indexers(cfg) * _index_queries(cfg) + keys
-    pooled = a.kind == "compressed"
-    keys = _pooling(d, a.csa_ratio, i.head_dim, overlaps=True) if pooled else _index_keys(cfg)
+    keys = _pooling(d, a.csa_ratio, i.head_dim, overlaps=True) if a.kind == "compressed" else _index_keys(cfg)
     return num_indexers(cfg) * (_index_queries(cfg) + keys)
 
 
 def _index_queries(cfg: ModelConfig) -> int:
     i, d = cfg.indexer, cfg.hidden_size
-    return (cfg.attention.q_lora_rank or d) * i.n_heads * i.head_dim + d * i.n_heads
+    each = (cfg.attention.q_lora_rank or d) * i.n_heads * i.head_dim + d * i.n_heads
+    return each * (2 if i.candidate_blocks else 1)
 
 
 def _index_keys(cfg: ModelConfig) -> int:
@@ -443,9 +443,9 @@ def _kept(cfg: ModelConfig) -> dict[str, int]:
 def cache_bytes_per_token(cfg: ModelConfig, dtype: str = "bf16") -> dict[str, int]:
     """Bytes by which the paged cache grows with each token: ``{"attention", "indexer", "total"}``, rounded up.
 
-    Attention keeps the latent and the rope key of each layer (gqa: its keys and values), the indexer one key per
-    group of layers; a layer that compresses keeps one entry (and one key) for every ``ratio`` positions, unless it
-    borrows those of another. Raises ValueError if ``dtype`` is not one of ``CACHE_BYTES``.
+    Attention keeps the latent and the rope key of each layer (gqa: its keys and values), the indexer one key and its
+    part of a summary per group of layers; a layer that compresses keeps one entry (and one key) for every ``ratio``
+    positions, unless it borrows those of another. Raises ValueError if ``dtype`` is not one of ``CACHE_BYTES``.
     """
     if dtype not in CACHE_BYTES:
         raise ValueError(f"dtype: {dtype!r} is unknown; choose one of {', '.join(CACHE_BYTES)}")
@@ -457,7 +457,7 @@ def cache_bytes_per_token(cfg: ModelConfig, dtype: str = "bf16") -> dict[str, in
         indexed = [r for r in ratios if cfg.indexer.mode != "off" and (a.kind == "csa2" or r == a.csa_ratio)]
         keys = sum((Fraction(1, ratio) for ratio in indexed), Fraction())
     else:
-        rows, keys = Fraction(cfg.num_hidden_layers), Fraction(num_indexers(cfg))
+        rows, keys = Fraction(cfg.num_hidden_layers), num_indexers(cfg) * cfg.indexer.rows_per_position
     attention, indexer = ceil(rows * row), ceil(keys * key)
     return {"attention": attention, "indexer": indexer, "total": attention + indexer}
 

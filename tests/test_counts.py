@@ -254,6 +254,7 @@ def random_config(seed: int) -> ModelConfig:
                 "head_dim": 8,
                 "layers_per_indexer": rng.randint(1, 3),
                 "first_layer": rng.randint(0, 2),
+                "candidate_blocks": pick((0, 8)) if attention["kind"] == "mla" else 0,
             },
             "moe": {
                 "n_routed_experts": pick((0, 4, 8)),

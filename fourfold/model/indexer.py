@@ -12,6 +12,11 @@ from fourfold.model.cache import Cache
 from fourfold.model.compressor import Compressor, gather_entries, store_entries
 from fourfold.model.context import Context, Selection, Window, chosen_mask
 
+# What an indexer of two levels learns by, found by trial: of the attention, keys with less than this share of it are
+# nobody's need; a query that is not learnt counts so much; the price of a score that nobody needs; and how much of a
+# head that is closed to a key leaks through while it learns, so that it can open.
+PEAK, UNLEARNT, IDLE_PRICE, LEAK = 1 / 32, 0.01, 1.0, 0.1
+
 
 class Indexer(nn.Module):
     """Scores every visible key with a few small heads and keeps the ``topk`` best.
@@ -29,6 +34,9 @@ class Indexer(nn.Module):
         self.wk = nn.Linear(cfg.hidden_size, index.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(index.head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(cfg.hidden_size, index.n_heads, bias=False)
+        if index.candidate_blocks:  # blocks are asked for by queries of their own
+            self.block_wq_b = nn.Linear(query_width, index.n_heads * index.head_dim, bias=False)
+            self.block_weights_proj = nn.Linear(cfg.hidden_size, index.n_heads, bias=False)
 
     def forward(self, x: Tensor, q_latent: Tensor, ctx: Context) -> Selection:
         """x: [T, d]; q_latent: [T, q_lora_rank], the normalised query latent. Float32 from the projections on."""
@@ -38,6 +46,9 @@ class Indexer(nn.Module):
     def _select(self, x: Tensor, q_latent: Tensor, ctx: Context) -> Selection:
         q, weights = index_queries(x, q_latent, self.wq_b, self.weights_proj, self.cfg)
         q = self._rotate(q, ctx)
+        if self.cfg.candidate_blocks:
+            block_q, block_weights = index_queries(x, q_latent, self.block_wq_b, self.block_weights_proj, self.cfg)
+            block_q = self._rotate(block_q, ctx)
         norm = self.k_norm
         k = ops.wide_linear(x, self.wk.weight)
         k = F.layer_norm(k, norm.normalized_shape, norm.weight.to(k.dtype), norm.bias.to(k.dtype), norm.eps)
@@ -47,42 +58,53 @@ class Indexer(nn.Module):
         selection = Selection([], [])
         for window in ctx.windows:
             if ctx.cache is not None and window.sequences is not None:
-                found = self._select_cached(q[window.rows], weights[window.rows], window, window.sequences, ctx)
-                selection.positions.append(found)
+                level = (block_q[window.rows], block_weights[window.rows]) if self.cfg.candidate_blocks else ()
+                given = q[window.rows], weights[window.rows], *level
+                selection.positions.append(self._select_cached(given, window, window.sequences, ctx))
                 continue
             keys, visible = k[window.rows], window.visible
             scores = ops.index_scores(q[window.rows], keys, weights[window.rows])
-            size, blocks = self.cfg.block_size, self.cfg.candidate_blocks
-            if blocks and self.training:
-                means = ops.block_means(keys, size)
-                selection.block_scores.append(ops.index_scores(q[window.rows], means, weights[window.rows]))
-            if blocks and window.ids is None and window.length > blocks * size:  # a packed row is never that long
-                means = ops.block_means(keys.detach(), size)
-                visible = visible & ops.candidate_keys(
-                    q[window.rows], means, weights[window.rows], window.positions, size, blocks, window.length
+            best = scores.detach().clamp_min(self.cfg.floor)
+            if self.cfg.candidate_blocks:
+                size, blocks = self.cfg.block_size, self.cfg.candidate_blocks
+                asked, worth, summaries = (
+                    block_q[window.rows],
+                    block_weights[window.rows],
+                    ops.block_summaries(keys, size),
                 )
+                if window.ids is None and window.length > blocks * size:  # a packed row is never that long
+                    with torch.no_grad():
+                        bounds = window.positions, size, blocks, window.length, self.cfg.floor
+                        visible = visible & ops.candidate_keys(asked, summaries, worth, *bounds)
+                if self.training:
+                    scores = leaky_scores(q[window.rows], keys, weights[window.rows])
+                    selection.block_scores.append(leaky_scores(asked, summaries, worth))
             selection.scores.append(scores)
-            selection.chosen.append(ops.select_topk(scores.detach(), visible, self.cfg.topk))
+            selection.chosen.append(ops.select_topk(best, visible, self.cfg.topk))
         return selection
 
-    def _select_cached(self, q: Tensor, weights: Tensor, window: Window, sequences: Tensor, ctx: Context) -> Tensor:
-        """Positions among the cached keys, after the blocks that these queries have filled got their summaries."""
+    def _select_cached(self, given: tuple[Tensor, ...], window: Window, sequences: Tensor, ctx: Context) -> Tensor:
+        """Positions among the cached keys, after the blocks that these queries have filled got their summaries.
+
+        given: queries and weights for keys and, in two levels, for blocks.
+        """
         cache = ctx.cache
         assert cache is not None
-        keys, pages = cache.lie(self.slot, sequences)
-        given = q, weights, keys, pages, window.past, self.cfg.topk
-        if not self.cfg.candidate_blocks:
-            return ops.select_positions(*given)
-        size, queries = self.cfg.block_size, window.rows.shape[1]
+        q, weights, *level = given
+        asked = q, weights, *cache.lie(self.slot, sequences), window.past, self.cfg.topk
+        if not level:
+            return ops.select_positions(*asked)
+        size, queries, floor = self.cfg.block_size, window.rows.shape[1], self.cfg.floor
         number = window.past[:, None] // size + torch.arange(-(-queries // size) + 1, device=q.device)
         row, column = ((number + 1) * size <= window.past[:, None] + queries).nonzero(as_tuple=True)
         filled = sequences[row], number[row, column]
-        means = ops.block_means(cache.read_blocks(self.slot, *filled, size).float(), size)[:, 0]
-        cache.write_entries(self.summaries, means, *filled)
+        keys = cache.read_blocks(self.slot, *filled, size).float()
+        cache.write_entries(self.summaries, ops.block_summaries(keys, size)[:, 0], *filled)
         summaries, _ = cache.lie(self.summaries, sequences)
-        found = ops.select_positions(*given, summaries, self.cfg.candidate_blocks)
+        found = ops.select_positions(*asked, summaries, *level, self.cfg.candidate_blocks, floor=floor)
         if ctx.probe is not None:
-            ctx.probe.kept.setdefault(self.layer, []).append(shared_positions(found, ops.select_positions(*given)))
+            flat = ops.select_positions(*asked, floor=floor)
+            ctx.probe.kept.setdefault(self.layer, []).append(shared_positions(found, flat))
         return found
 
     def _rotate(self, x: Tensor, ctx: Context) -> Tensor:
@@ -149,6 +171,12 @@ def index_queries(
     return q, weights
 
 
+def leaky_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """:func:`fourfold.ops.index_scores` with a relu that leaks; to learn by, not to choose by."""
+    through = (q * weights[..., None]).sum(-2) @ keys.transpose(-1, -2)
+    return (1 - LEAK) * ops.index_scores(q, keys, weights) + LEAK * through
+
+
 def index_target(probs: Tensor) -> Tensor:
     """What the indexer should predict: attention summed over heads, [B, H, L, S] -> [B, L, S], without gradient."""
     return probs.detach().sum(1)
@@ -157,42 +185,72 @@ def index_target(probs: Tensor) -> Tensor:
 def index_loss(target: Tensor, scores: Tensor, keys: Tensor, crowd: Tensor | None = None) -> Tensor:
     """KL(target || softmax of scores), both over ``keys`` alone, summed over queries (DeepSeek-V3.2, section 2.1).
 
+    Where positions were skipped, a key with less attention than the mean counts as often as there are positions to a
+    key, so that a few hundred keys ask for the margin that all would.
+
     target, scores: [B, L, S]; keys: bool [B, L, S], all visible ones in the warm-up, the selected ones after; crowd:
-    see :func:`stand_for_skipped`.
+    [B, L], positions before and at a query over the keys that it sees; None: nothing was skipped.
     """
+    target = shares(target, keys)
+    if crowd is not None:
+        scores = stand_for_skipped(scores, target, keys, crowd)
+    return divergence(target, scores, keys).sum()
+
+
+def two_level_loss(
+    target: Tensor, scores: Tensor, blocks: Tensor, visible: Tensor, crowd: Tensor, learnt: Tensor
+) -> Tensor:
+    """The same for an indexer of two levels, summed over queries: what nobody needs shall score nothing, for then it
+    takes no place among the few, summaries need not order it, and the newest keys win, which both levels agree on.
+
+    The divergence is from the peaks of the attention alone, of keys and of whole blocks, and each positive score of
+    what gets less than the mean has a price (which does not grow with the crowd: a short sequence stretched far would
+    silence all scores). Queries whose answer the model does not learn count little.
+
+    target, scores: [B, L, S]; blocks: [B, L, S // size], scores of summaries; visible: bool [B, L, S]; crowd: as of
+    :func:`index_loss`; learnt: bool [B, L].
+    """
+    target = shares(target, visible)
+    target = shares(target.masked_fill(target < PEAK, 0), visible)
+    weights = torch.where(learnt, 1.0, UNLEARNT)
+    weights = weights / weights.mean()
+    levels = [(target, scores, visible)]
+    if count := blocks.shape[-1]:
+        size = scores.shape[-1] // count
+        mass, seen = (t[..., : count * size].unflatten(-1, (count, size)) for t in (target, visible))
+        levels.append((mass.sum(-1), blocks, seen.all(-1)))
+    total = scores.new_zeros(())
+    for mass, some, seen in levels:
+        mass = mass.masked_fill(~seen, 0)
+        share = shares(mass, seen)
+        minor = is_minor(share, seen)
+        some = torch.where(minor, some.relu(), some)  # as they count in the choice; the others shall rise above
+        wrong = divergence(share, stand_for_skipped(some, share, seen, crowd), seen)
+        idle = some.masked_fill(~(seen & minor), 0).sum(-1)
+        total = total + (weights * mass.sum(-1) * wrong + IDLE_PRICE * idle).sum()
+    return total
+
+
+def shares(target: Tensor, keys: Tensor) -> Tensor:
+    """Attention to ``keys`` alone, as shares of it; 0 where they get none."""
     target = target.masked_fill(~keys, 0)
-    target = target / target.sum(-1, keepdim=True).clamp_min(1e-12)
-    predicted = stand_for_skipped(scores, target, keys, crowd).masked_fill(~keys, -1e30).log_softmax(-1)
-    return (target * (target.clamp_min(1e-12).log() - predicted)).sum()
+    return target / target.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
-def block_loss(target: Tensor, scores: Tensor, visible: Tensor, size: int, crowd: Tensor | None = None) -> Tensor:
-    """What makes summaries worth asking: the same divergence between attention and scores of whole blocks, both over
-    the blocks that a query sees wholly, each query with the weight of the attention that falls on them.
-
-    target: [B, L, S], attention summed over heads; scores: [B, L, S // size], of summaries; visible: bool [B, L, S].
-    """
-    blocks = scores.shape[-1]
-    if not blocks:
-        return scores.sum()
-    mass, seen = (t[..., : blocks * size].unflatten(-1, (blocks, size)) for t in (target, visible))
-    whole = seen.all(-1)
-    mass = mass.sum(-1).masked_fill(~whole, 0) / target.sum(-1, keepdim=True).clamp_min(1e-12)
-    share = mass / mass.sum(-1, keepdim=True).clamp_min(1e-12)
-    predicted = stand_for_skipped(scores, share, whole, crowd).masked_fill(~whole, -1e30).log_softmax(-1)
-    return (mass * (share.clamp_min(1e-12).log() - predicted)).sum()
+def divergence(target: Tensor, scores: Tensor, keys: Tensor) -> Tensor:
+    """KL(target || softmax of scores over ``keys``) of each query; target: :func:`shares`."""
+    predicted = scores.masked_fill(~keys, -1e30).log_softmax(-1)
+    return (target * (target.clamp_min(1e-12).log() - predicted)).sum(-1)
 
 
-def stand_for_skipped(scores: Tensor, target: Tensor, keys: Tensor, crowd: Tensor | None) -> Tensor:
-    """Scores as they count in the losses: where positions were skipped, each key with less attention than the mean
-    counts as often as there are positions to a key, so that a few hundred keys ask for the margin that all would.
+def is_minor(share: Tensor, keys: Tensor) -> Tensor:
+    """bool [B, L, S]: keys with less of the attention than the mean of ``keys``."""
+    return share * keys.sum(-1, keepdim=True) < 1
 
-    crowd: [B, L], positions before and at a query over the keys that it sees; None: nothing was skipped.
-    """
-    if crowd is None:
-        return scores
-    minor = target * keys.sum(-1, keepdim=True) < 1
-    return scores + torch.where(minor, crowd.log()[..., None], 0.0)
+
+def stand_for_skipped(scores: Tensor, share: Tensor, keys: Tensor, crowd: Tensor) -> Tensor:
+    """Scores as they count in a divergence: a minor key as often as there are positions to a key."""
+    return scores + torch.where(is_minor(share, keys), crowd.log()[..., None], 0.0)
 
 
 def index_recall(target: Tensor, chosen: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.model.cache import attention_width
 from fourfold.model.context import Context, Window, join, nearest
-from fourfold.model.indexer import Indexer, block_loss, index_loss, index_recall
+from fourfold.model.indexer import Indexer, index_loss, index_recall, two_level_loss
 from fourfold.model.linear import Linear
 from fourfold.model.norm import RMSNorm
+from fourfold.model.sequence import IGNORE
 
 ABSORB_BELOW = 8  # queries per sequence; expanding all cached keys for fewer costs more than it saves
 
@@ -32,7 +33,7 @@ class MLA(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, indexer: Indexer | None) -> None:
         super().__init__()
         a = cfg.attention
-        self.cfg, self.mode, self.topk, self.block_size = a, cfg.indexer.mode, cfg.indexer.topk, cfg.indexer.block_size
+        self.cfg, self.mode, self.topk = a, cfg.indexer.mode, cfg.indexer.topk
         self.layer, self.slot, self.gather_above = layer, f"layers.{layer}.kv", gather_above(cfg)
         self.keeps_near = cfg.indexer.keeps_near(layer)
         self.heads, self.query_dim = a.num_attention_heads, a.qk_nope_head_dim + a.qk_rope_head_dim
@@ -107,11 +108,12 @@ class MLA(nn.Module):
         if self.training and self.mode in ("warmup", "sparse") and ctx.selection is not None and ctx.selection.scores:
             target = ops.attention_mass(q, k, chosen, self.scale)
             crowd = (window.take(ctx.packed.positions) + 1) / window.visible.sum(-1)
-            loss = index_loss(target, ctx.selection.scores[number], chosen, crowd)
-            if ctx.selection.block_scores:
-                blocks = ctx.selection.block_scores[number]
-                loss = loss + block_loss(target, blocks, window.visible, self.block_size, crowd)
-            ctx.index_losses.append(loss)
+            scores = ctx.selection.scores[number]
+            if not ctx.selection.block_scores:
+                ctx.index_losses.append(index_loss(target, scores, chosen, crowd))
+            elif self.indexer is not None:  # the layer that looks up; those that share its choice make do with it
+                blocks, learnt = ctx.selection.block_scores[number], window.take(ctx.packed.targets) != IGNORE
+                ctx.index_losses.append(two_level_loss(target, scores, blocks, window.visible, crowd, learnt))
             if self.mode == "warmup":  # later the attention itself sees nothing but the selection
                 ctx.index_recalls.append(index_recall(target, ctx.selection.chosen[number]))
         return ops.attention(q, k, v, chosen, self.scale)

@@ -6,8 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fourfold import ops
+from fourfold.config import IndexerConfig
 from fourfold.model.cache import Cache, PagePool, SequenceState
-from fourfold.model.indexer import block_loss, index_loss, index_recall, index_target, shared_positions
+from fourfold.model.indexer import (
+    IDLE_PRICE,
+    PEAK,
+    UNLEARNT,
+    index_loss,
+    index_recall,
+    index_target,
+    shared_positions,
+    two_level_loss,
+)
 from fourfold.model.probe import Probe
 from fourfold.model.sequence import pack
 from tests.model import plain, tiny
@@ -170,10 +181,9 @@ def test_skipped_positions_count_as_so_many_keys_of_little_attention():
     copies = [x.repeat_interleave(times, -1) for x in (target / times, scores)]
     everything = torch.ones(1, 1, int(times.sum()), dtype=torch.bool)
     crowd = torch.full((1, 1), float(often))
-    for loss, more in ((index_loss, ()), (block_loss, (1,))):
-        with_crowd = loss(target, scores, everything[..., :8], *more, crowd)
-        torch.testing.assert_close(with_crowd, loss(*copies, everything, *more))
-        assert with_crowd > loss(target, scores, everything[..., :8], *more)
+    with_crowd = index_loss(target, scores, everything[..., :8], crowd)
+    torch.testing.assert_close(with_crowd, index_loss(*copies, everything))
+    assert with_crowd > index_loss(target, scores, everything[..., :8])
 
 
 def test_kl_pushes_scores_towards_the_target():
@@ -283,14 +293,19 @@ def test_two_levels_look_into_the_best_blocks_and_the_own_one():
 
 
 @torch.no_grad()
-def test_with_room_for_all_blocks_two_levels_are_one():
-    flat, two = indexed(), indexed(**TWO_LEVELS | {"indexer.candidate_blocks": 16})
-    two.load_state_dict(flat.state_dict())
-    document = tiny.text(64)
-    assert torch.equal(flat(pack([document])).logits, two(pack([document])).logits)
-    less = indexed(**TWO_LEVELS)
-    less.load_state_dict(flat.state_dict())
-    assert not torch.equal(flat(pack([document])).logits, less(pack([document])).logits)
+def test_with_room_for_all_blocks_two_levels_are_one(monkeypatch):
+    """They choose what one level does whose scores below zero count as zero, which is not what it does else."""
+    two, more, less = (indexed(**TWO_LEVELS | {"indexer.candidate_blocks": n}) for n in (16, 99, 3))
+    more.load_state_dict(two.state_dict())
+    less.load_state_dict(two.state_dict())
+    flat, packed = indexed(), pack([tiny.text(64)])
+    flat.load_state_dict(two.state_dict(), strict=False)
+    wanted = two(packed).logits
+    assert torch.equal(more(packed).logits, wanted)
+    assert not torch.equal(less(packed).logits, wanted)
+    assert not torch.equal(flat(packed).logits, wanted)
+    monkeypatch.setattr(IndexerConfig, "floor", 0.0)
+    assert torch.equal(flat(packed).logits, wanted)
 
 
 @torch.no_grad()
@@ -307,28 +322,91 @@ def test_shared_positions():
     torch.testing.assert_close(shared_positions(found, wanted), torch.tensor([[2 / 3, 1.0]]))
 
 
-def test_summaries_learn_where_the_attention_falls_by_loops():
-    """Blocks that a query sees wholly, weighted by their share of its attention; the gradient is that of a softmax."""
+def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
+    """Of keys and of blocks that a query sees wholly: divergence from the peaks of the attention, weighted by what
+    falls there and by whether the query is learnt; and a price for each positive score of less than the mean."""
     torch.manual_seed(0)
-    target, scores = torch.rand(2, 6, 7), torch.randn(2, 6, 3, requires_grad=True)
-    visible = torch.ones(6, 7, dtype=torch.bool).tril().expand(2, -1, -1).clone()
-    visible[1, :, :3] = False  # another sequence of the row
+    queries, size, count = 40, 4, 10
+    target = (3 * torch.randn(2, queries, 41)).exp()
+    scores = torch.randn(2, queries, 41, requires_grad=True)
+    blocks = torch.randn(2, queries, count, requires_grad=True)
+    visible = torch.ones(queries, 41, dtype=torch.bool).tril().expand(2, -1, -1).clone()
+    visible[1, 9:, :7] = False  # another sequence of the row
     target = target.masked_fill(~visible, 0)
-    loss = block_loss(target, scores, visible, 2)
-    wanted = torch.zeros(())
+    crowd, learnt = 1 + 9 * torch.rand(2, queries), torch.rand(2, queries) < 0.4
+    loss = two_level_loss(target, scores, blocks, visible, crowd, learnt)
+    weights = torch.where(learnt, 1, UNLEARNT)
+    weights = weights / weights.mean()
+
+    def level(mass: dict[int, float], row: torch.Tensor, often: float) -> tuple[torch.Tensor, torch.Tensor]:
+        total = sum(mass.values())
+        share = {i: m / total if total else 0.0 for i, m in mass.items()}
+        minor = {i: share[i] * len(mass) < 1 for i in mass}
+        row = [x.relu() if minor.get(i) else x for i, x in enumerate(row)]
+        norm = sum((row[i].exp() * (often if minor[i] else 1) for i in mass), torch.zeros(()))
+        wrong = torch.zeros(())
+        for i, p in share.items():
+            if p:
+                wrong = wrong + p * (torch.tensor(p / (often if minor[i] else 1)).log() - row[i] + norm.log())
+        return total * wrong, sum((row[i] for i in mass if minor[i]), torch.zeros(()))
+
+    wanted, dropped = torch.zeros(()), 0
     for b in range(2):
-        for t in range(6):
-            blocks = [i for i in range(3) if all(visible[b, t, 2 * i : 2 * i + 2])]
-            mass = [float(target[b, t, 2 * i : 2 * i + 2].sum() / target[b, t].sum().clamp_min(1e-12)) for i in blocks]
-            if not blocks:
-                continue
-            logs = scores[b, t, blocks].log_softmax(-1)
-            for share, log in zip(mass, logs, strict=True):
-                wanted = wanted + share * (torch.tensor(share / sum(mass)).log() - log)
-    torch.testing.assert_close(loss, wanted)
-    (grad,) = torch.autograd.grad(loss, scores)
-    assert float(grad.sum(-1).abs().max()) < 1e-6 and float(grad.abs().max()) > 0
-    assert block_loss(torch.rand(1, 1, 1), torch.zeros(1, 1, 0), torch.ones(1, 1, 1, dtype=torch.bool), 2) == 0
+        for t in range(queries):
+            seen = visible[b, t].nonzero()[:, 0].tolist()
+            part = {i: float(target[b, t, i] / target[b, t].sum()) for i in seen}
+            peaks = {i: p if p >= PEAK else 0.0 for i, p in part.items()}
+            dropped += sum(p > 0 for p in part.values()) - sum(p > 0 for p in peaks.values())
+            peaks = {i: p / sum(peaks.values()) for i, p in peaks.items()}
+            whole = [i for i in range(count) if all(size * i + j in peaks for j in range(size))]
+            found = [level(peaks, scores[b, t], float(crowd[b, t]))]
+            if whole:
+                mass = {i: sum(peaks[size * i + j] for j in range(size)) for i in whole}
+                found.append(level(mass, blocks[b, t], float(crowd[b, t])))
+            for wrong, idle in found:
+                wanted = wanted + weights[b, t] * wrong + IDLE_PRICE * idle
+    assert dropped > 50
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-3)
+    for grad in torch.autograd.grad(loss, [scores, blocks]):
+        assert grad.isfinite().all() and float(grad.abs().max()) > 0
+
+
+def test_a_row_shorter_than_a_block_has_no_second_level():
+    target, visible = torch.rand(1, 3, 3), torch.ones(3, 3, dtype=torch.bool).tril()[None]
+    given = torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    loss = two_level_loss(target, torch.randn(1, 3, 3), torch.zeros(1, 3, 0), visible, *given)
+    assert loss.isfinite() and loss > 0
+
+
+def test_a_key_worth_finding_is_not_lost_among_its_neighbours():
+    keys = torch.randn(3, 11, 16)
+    found = ops.block_summaries(keys, 4)
+    assert found.shape == (3, 2, 16)
+    for b in range(3):
+        for i in range(2):
+            assert found[b, i].tolist() == [max(column) for column in keys[b, 4 * i : 4 * i + 4].T.tolist()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("two", [False, True])
+def test_scores_below_the_floor_leave_the_place_to_newer_keys(two, kernels, monkeypatch):
+    monkeypatch.setenv("FOURFOLD_KERNELS", kernels)
+    keys = -torch.ones(1, 64, 4)
+    keys[0, [3, 17, 40]] = 1.0
+    q, weights = torch.ones(1, 1, 2, 4), torch.tensor([[[1.0, 0.0]]])
+    keys[0, 60:] = 2.0
+    weights = weights * torch.tensor([1.0, 1.0])
+    q[..., 1, :] = -1.0
+    weights[..., 1] = -3.0  # most keys score -12, a few 4 or 8
+    given = q, weights, keys, torch.tensor([[0]]), torch.tensor([63]), 12
+    summaries = (ops.block_summaries(keys, 4), q, weights, 16) if two else ()
+    found = ops.select_positions(*given, *summaries, floor=0.0)
+    assert found[0, 0].tolist() == [3, 17, 40, *range(55, 64)]
+    if not two:
+        assert ops.select_positions(*given)[0, 0].tolist() == [3, 17, 40, *range(55, 64)]  # ties at -12, too
+    wanted = ops.reference.select_positions(*given, *summaries, floor=0.0)
+    assert torch.equal(found, wanted)
 
 
 def test_an_indexer_of_two_levels_learns_its_summaries_too():

@@ -81,6 +81,7 @@ def cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
         "read_streams": (reference.read_streams, (wide(T, N, D), wide(T, N))),
         "sinkhorn": (lambda x: reference.sinkhorn(x, 6, 1e-6), (wide(T, N, N),)),
         "index_scores": (reference.index_scores, (wide(2, 3, 4, D), wide(2, 5, D), wide(2, 3, 4))),
+        "block_summaries": (lambda k: reference.block_summaries(k, 2), (wide(2, 5, D),)),
         "rms_norm": (lambda x, w: reference.rms_norm(x, w, 1e-6), (wide(T, D), wide(D))),
         "rms_norm without weight": (lambda x: reference.rms_norm(x, None, 1e-6), (wide(T, D),)),
         "apply_rope interleaved": (lambda x: reference.apply_rope(x, cos, sin, interleaved=True), (wide(T, 2, 6),)),
@@ -98,7 +99,6 @@ def test_every_differentiable_op_is_checked():
     constants = {
         "FP8_BLOCK",
         "attention_mass",
-        "block_means",
         "candidate_keys",
         "chosen_positions",
         "ngram_rows",

@@ -149,15 +149,14 @@ def test_selection_reads_rows_as_if_they_were_decoded(dtype, seed, matrix, monke
         return ops.encode_rows(x, [dim], dtype)
 
     keys, summaries = rows(size), rows(size // block)
-    q, weights = (
-        torch.randint(-2, 3, (batch, queries, heads, dim)).float(),
-        torch.randint(-1, 3, (batch, queries, heads)).float(),
+    q, weights, block_q, block_weights = (
+        torch.randint(least, 3, shape).float()
+        for _ in range(2)
+        for least, shape in ((-2, (batch, queries, heads, dim)), (-1, (batch, queries, heads)))
     )
     pages, k = torch.randperm(batch * each).view(batch, each), rng.choice([1, 5, 64])
-    levels: list[tuple[Tensor, int] | tuple[()]] = [(), (summaries, blocks)]
-    for level in levels:
-        decoded = [ops.decode_rows(t, [dim]) if isinstance(t, Tensor) else t for t in level]
-        lying = [in_pages(t) if isinstance(t, Tensor) else t for t in level]
+    asked = block_q, block_weights, blocks
+    for decoded, lying in (((), ()), ((ops.decode_rows(summaries, [dim]), *asked), (in_pages(summaries), *asked))):
         wanted = reference.select_positions(q, weights, ops.decode_rows(keys, [dim]), pages, past, k, *decoded)
         for select in (select_positions, reference.select_positions):
             assert torch.equal(select(q, weights, in_pages(keys), pages, past, k, *lying), wanted)
@@ -189,7 +188,8 @@ def test_a_key_of_several_positions_is_seen_from_the_last_of_them_on(matrix, sum
     monkeypatch.setenv("FOURFOLD_MATRIX", matrix)
     keys, q, weights = torch.ones(3, 8, 5, dtype=torch.bfloat16), torch.ones(1, 9, 2, 5), torch.ones(1, 9, 2)
     for select in (select_positions, reference.select_positions):
-        found = select(q, weights, keys, torch.tensor([[2, 0, 1]]), torch.tensor([1]), 2, summaries, 2, ratio=4)
+        asked = q, weights, keys, torch.tensor([[2, 0, 1]]), torch.tensor([1]), 2
+        found = select(*asked, summaries, q, weights, 2, ratio=4)
         assert found[0].tolist() == [[-1, -1]] * 2 + [[0, -1]] * 4 + [[0, 1]] * 3
 
 

@@ -227,16 +227,22 @@ def select_positions_case(size: str, dtype: torch.dtype, rng: random.Random) -> 
     keys = torch.randint(-2, 3, (batch * each + 1, page_size, dim)).to(dtype)
     summaries = torch.randint(-2, 3, (batch * each + 1, page_size // block, dim)).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def queries_and_weights() -> list[Tensor]:
+        q, weights = torch.randint(-2, 3, (batch, queries, heads, dim)), torch.randint(-1, 3, (batch, queries, heads))
+        return [q.to(wide), weights.to(wide)]
+
+    asked = queries_and_weights()
     return Case(
         [
-            torch.randint(-2, 3, (batch, queries, heads, dim)).to(wide),
-            torch.randint(-1, 3, (batch, queries, heads)).to(wide),
+            *queries_and_weights(),
             keys,
             torch.randperm(batch * each).view(batch, each),
             past,
             rng.choice([1, 5, 64]),
-            *((summaries, blocks) if rng.random() < 0.7 else (None, 0)),
+            *((summaries, *asked, blocks) if rng.random() < 0.7 else (None, None, None, 0)),
             rng.choice([1, 1, 3, 4]),
+            rng.choice([-torch.inf, -torch.inf, 0.0, 2.5]),
         ]
     )
 

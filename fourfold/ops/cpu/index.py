@@ -32,8 +32,11 @@ def select_positions(
     past: Tensor,
     k: int,
     summaries: Tensor | None = None,
+    block_q: Tensor | None = None,
+    block_weights: Tensor | None = None,
     blocks: int = 0,
     ratio: int = 1,
+    floor: float = -torch.inf,
 ) -> Tensor:
     """See :func:`fourfold.ops.reference.select_positions`; by the compiled kernel.
 
@@ -44,9 +47,16 @@ def select_positions(
     fits = all(t.dtype == keys.dtype and t.stride()[1:] == (t.shape[-1], 1) for t in lying)
     fits = fits and keys.dtype in FORMATS and q.dtype == weights.dtype == torch.float32
     if not fits or route() != "native":
-        return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks, ratio)
+        level = summaries, block_q, block_weights, blocks
+        return reference.select_positions(q, weights, keys, pages, past, k, *level, ratio, floor)
     q, weights, pages, past = (t.detach().contiguous() for t in (q, weights, pages, past))
     q = queries_for(keys.dtype, q)
+    if summaries is not None:
+        assert block_q is not None and block_weights is not None
+        block_q, block_weights = (
+            queries_for(keys.dtype, block_q.detach()).contiguous(),
+            block_weights.detach().contiguous(),
+        )
     out = torch.empty(*q.shape[:2], k, dtype=torch.int64)
     library = native.library()
     assert library is not None
@@ -63,8 +73,11 @@ def select_positions(
         blocks,
         past.data_ptr(),
         ratio,
+        floor,
         q.data_ptr(),
         weights.data_ptr(),
+        None if block_q is None else block_q.data_ptr(),
+        None if block_weights is None else block_weights.data_ptr(),
         *q.shape,
         k,
         out.data_ptr(),

@@ -24,7 +24,7 @@ from fourfold.ops.reference.blocks import (
 from fourfold.ops.reference.decode import DecodeLayer, DecodeLayers, DecodeState, Pooling, Site, decode_layers
 from fourfold.ops.reference.experts import experts, swiglu
 from fourfold.ops.reference.index import (
-    block_means,
+    block_summaries,
     candidate_keys,
     chosen_positions,
     index_scores,
@@ -60,7 +60,7 @@ __all__ = [
     "attention_mass",
     "attention_probs",
     "block_counts",
-    "block_means",
+    "block_summaries",
     "candidate_keys",
     "chosen_positions",
     "collapse_streams",

@@ -31,23 +31,32 @@ def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     return chosen & visible
 
 
-def block_means(k: Tensor, size: int) -> Tensor:
-    """The summaries of whole blocks of ``size`` keys: their means. k: [..., S, D]. Returns [..., S // size, D]."""
+def block_summaries(k: Tensor, size: int) -> Tensor:
+    """The summaries of whole blocks of ``size`` keys: their largest number in each dimension, so that a key worth
+    finding is not lost among its neighbours, as it is in a mean. k: [..., S, D]. Returns [..., S // size, D]."""
     blocks = k.shape[-2] // size
-    return k[..., : blocks * size, :].unflatten(-2, (blocks, size)).mean(-2)
+    return k[..., : blocks * size, :].unflatten(-2, (blocks, size)).amax(-2)
 
 
 def candidate_keys(
-    q: Tensor, summaries: Tensor, weights: Tensor, positions: Tensor, size: int, blocks: int, count: int
+    q: Tensor,
+    summaries: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    size: int,
+    blocks: int,
+    count: int,
+    floor: float = -torch.inf,
 ) -> Tensor:
     """The keys that are worth an exact score: those of the ``blocks`` best blocks, a query's own block among them.
 
     A query's choice rests on whole blocks before its own, hence on nothing after it, however its sequence is cut.
-    q, weights: of :func:`index_scores`; summaries: [B, n, D]; positions: int64 [B, L]. Returns bool [B, L, count].
+    q, weights: of :func:`index_scores`; summaries: [B, n, D]; positions: int64 [B, L]; floor: a score below counts as
+    it. Returns bool [B, L, count].
     """
     own = (positions // size)[..., None]
     number = torch.arange(max(summaries.shape[1], -(-count // size)), device=q.device)
-    scores = index_scores(q, summaries, weights)
+    scores = index_scores(q, summaries, weights).clamp_min(floor)
     scores = F.pad(scores, (0, len(number) - scores.shape[-1]))
     near = select_topk(scores, (number < own) & (number < summaries.shape[1]), blocks - 1) | (number == own)
     return near.repeat_interleave(size, dim=-1)[..., :count]
@@ -66,15 +75,19 @@ def select_positions(
     past: Tensor,
     k: int,
     summaries: Tensor | None = None,
+    block_q: Tensor | None = None,
+    block_weights: Tensor | None = None,
     blocks: int = 0,
     ratio: int = 1,
+    floor: float = -torch.inf,
 ) -> Tensor:
     """:func:`select_topk` of :func:`index_scores` of :func:`queries_for` cached pages, as positions.
 
     q, weights: of :func:`index_scores`; keys: [P, page_size, row_width of D], rows of any format; pages: int64 [B, m],
     those of each sequence; past: int64 [B], positions before the first query; summaries: [P, page_size / size,
-    row_width of D], then among the :func:`candidate_keys` alone; ratio: positions that a key stands for, which is seen
-    from the last of them on. Returns int64 [B, L, k], ascending, -1 after the last.
+    row_width of D], then among the :func:`candidate_keys` alone, by block_q and block_weights, which are like q and
+    weights; ratio: positions that a key stands for, which is seen from the last of them on; floor: a score below counts
+    as it, of keys and of summaries. Returns int64 [B, L, k], ascending, -1 after the last.
     """
     q = queries_for(keys.dtype, q)
     rows = decode_rows(keys[pages].flatten(1, 2), [q.shape[-1]])
@@ -82,10 +95,12 @@ def select_positions(
     number = torch.arange(rows.shape[1], device=q.device)
     visible = number <= positions[..., None]
     if summaries is not None:
+        assert block_q is not None and block_weights is not None
         size = keys.shape[1] // summaries.shape[1]
-        means = decode_rows(summaries[pages].flatten(1, 2), [q.shape[-1]])
-        visible = visible & candidate_keys(q, means, weights, positions, size, blocks, len(number))
-    chosen = select_topk(index_scores(q, rows, weights), visible, k)
+        block_q = queries_for(keys.dtype, block_q)
+        lying = decode_rows(summaries[pages].flatten(1, 2), [q.shape[-1]])
+        visible = visible & candidate_keys(block_q, lying, block_weights, positions, size, blocks, len(number), floor)
+    chosen = select_topk(index_scores(q, rows, weights).clamp_min(floor), visible, k)
     return chosen_positions(chosen, k)
 
 

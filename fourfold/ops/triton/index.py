@@ -56,12 +56,16 @@ def select_positions(
     past: Tensor,
     k: int,
     summaries: Tensor | None = None,
+    block_q: Tensor | None = None,
+    block_weights: Tensor | None = None,
     blocks: int = 0,
     ratio: int = 1,
+    floor: float = -torch.inf,
 ) -> Tensor:
     """See :func:`fourfold.ops.reference.select_positions`. One level; with summaries the reference."""
     if summaries is not None or not fits(q, weights, keys):
-        return reference.select_positions(q, weights, keys, pages, past, k, summaries, blocks, ratio)
+        level = summaries, block_q, block_weights, blocks
+        return reference.select_positions(q, weights, keys, pages, past, k, *level, ratio, floor)
     q = queries_for(keys.dtype, q)
     size, queries = keys.shape[1], q.shape[1]
     seen = (past[:, None, None] + torch.arange(1, queries + 1, device=q.device)[:, None]) // ratio
@@ -71,7 +75,7 @@ def select_positions(
     for first in range(0, pages.shape[1], step):
         rows = keys[pages[:, first : first + step]].flatten(1, 2)
         number = first * size + torch.arange(rows.shape[1], device=q.device)
-        scores = index_scores(q, rows, weights).masked_fill(number >= seen, -torch.inf)
+        scores = index_scores(q, rows, weights).clamp_min(floor).masked_fill(number >= seen, -torch.inf)
         # newest first, so that a stable sort leaves the newest of equal ones before the others
         scores = torch.cat([scores.flip(-1), best], dim=-1)
         number = torch.cat([number.flip(0).expand(*best.shape[:2], -1), places], dim=-1)

@@ -31,7 +31,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     ),
     "ff_select_positions": (
         None,
-        (_at, _at, _int, _at, *[_long] * 6, _at, _long, _at, _at, *[_long] * 5, _at, _int, _int),
+        (_at, _at, _int, _at, *[_long] * 6, _at, _long, _float, *[_at] * 4, *[_long] * 5, _at, _int, _int),
     ),
     "ff_encode_rows": (_int, (_at, _long, _at, _long, _int, _at, _int)),
     "ff_decode_rows": (None, (_at, _long, _at, _long, _int, _at, _int)),

@@ -242,8 +242,8 @@ struct Decoder {
         for (float& weight : index_weights) weight *= factor;
         chosen.resize(T * z.topk);
         ff_select_positions(step.pages.from(layer.keys).at, nullptr, int(step.pages.half), step.tables, step.table_width,
-                            step.page_stride, 0, per_page, 1, 0, step.positions, layer.ratio, index_q.data(),
-                            index_weights.data(), T, 1, z.index_heads, z.index_head, z.topk, chosen.data(),
+                            step.page_stride, 0, per_page, 1, 0, step.positions, layer.ratio, -INFINITY, index_q.data(),
+                            index_weights.data(), nullptr, nullptr, T, 1, z.index_heads, z.index_head, z.topk, chosen.data(),
                             int(step.vectors), threads);
         for (int64_t t = 0; t < T; t++) seen[t] = std::min(seen[t], z.topk);
     }

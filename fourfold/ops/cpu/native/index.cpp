@@ -217,7 +217,8 @@ struct Request {
     int64_t block, blocks;
     const int64_t* past;
     int64_t ratio;
-    const float *q, *weights;
+    float floor;  // a score below counts as it
+    const float *q, *weights, *block_q, *block_weights;
     int64_t batch, queries, heads, k;
     int64_t* out;
 
@@ -250,7 +251,9 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
     static thread_local Scoring scoring;
     const int64_t at = b * r.queries + first, count = last - first, width = r.keys.width;
     const bool scaled = r.keys.format >= INT8;
-    scoring.begin(r.q + at * r.heads * width, r.weights + at * r.heads, count, r.heads, width);
+    auto begin = [&](const float* q, const float* weights) {
+        scoring.begin(q + at * r.heads * width, weights + at * r.heads, count, r.heads, width);
+    };
     float scores[TILE * CHUNK], scales[CHUNK];
     uint32_t places[CHUNK];  // of the keys that are scored
     const bool one_level = !r.in_two_levels(b, last - 1);  // no block is left out
@@ -258,6 +261,11 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
     std::vector<int64_t> chosen;
     float bars[TILE];
     bool hits[TILE];
+    // Offers n scores at `places`
+    auto offer = [&](auto& collection, float* some, int64_t n) {
+        for (int64_t i = 0; i < n; i++) some[i] = std::max(some[i], r.floor);
+        collection.offer(some, places, n);
+    };
     // Offers n keys from number s on, laid out, to the collection of each query as far as it sees them
     auto offer_all = [&](const auto* keys, const float* key_scales, int64_t s, int64_t n, auto& collections, auto seen) {
         std::iota(places, places + CHUNK, uint32_t(s));
@@ -265,10 +273,11 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
         scoring.score(keys, scaled ? key_scales : nullptr, count, n, bars, scores, hits);
         for (int64_t t = 0; t < count; t++) {
             const int64_t there = hits[t] ? std::min(n, seen(t) - s) : 0;
-            if (there > 0) collections[t].offer(scores + t * CHUNK, places, there);
+            if (there > 0) offer(collections[t], scores + t * CHUNK, there);
         }
     };
     if (one_level) {
+        begin(r.q, r.weights);
         static thread_local std::vector<typename Scoring::Number> keys;
         keys.resize(Scoring::depth(width) * CHUNK);
         for (int64_t s = from + (until - from - 1) / CHUNK * CHUNK; s >= from && s < until; s -= CHUNK) {
@@ -277,13 +286,14 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
                 scoring.gather(r.keys, b, s, there, scales, 0);
                 scoring.score_gathered(scaled ? scales : nullptr, 0, there, scores);
                 std::iota(places, places + CHUNK, uint32_t(s));
-                best[0].offer(scores, places, there);
+                offer(best[0], scores, there);
                 continue;
             }
             Scoring::lay(r.keys, b, s, there, keys.data(), scales);
             offer_all(keys.data(), scales, s, there, best, [&](int64_t t) { return r.seen(b, first + t); });
         }
     } else {
+        begin(r.block_q, r.block_weights);
         std::vector<typename Scoring::Kept> near(count, typename Scoring::Kept(r.blocks - 1, true));
         const int64_t size = Scoring::depth(width) * CHUNK, newest = r.own_block(b, last - 1);
         int64_t ends[TILE];
@@ -292,13 +302,15 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
             const auto* keys = summaries.numbers.data() + s / CHUNK * size;
             offer_all(keys, summaries.scales.data() + s, s, CHUNK, near, [&](int64_t t) { return ends[t]; });
         }
+        scoring.end();
+        begin(r.q, r.weights);
         for (int64_t t = 0; t < count; t++) {
             near[t].list(chosen);
             chosen.push_back(ends[t]);
             int64_t there = 0;  // keys gathered
             auto score = [&] {
                 scoring.score_gathered(scaled ? scales : nullptr, t, there, scores);
-                best[t].offer(scores, places, there);
+                offer(best[t], scores, there);
                 there = 0;
             };
             for (size_t i = 0; i < chosen.size(); i++) {
@@ -365,17 +377,20 @@ template <class Scoring> void select_all(const Request& r, int threads) {
 
 // keys: rows of `width` numbers in pages, in a format of rows.h; page_stride, summary_stride: in elements; summaries:
 // one such row for each `block` keys of a page, or null: every key is scored; past: int64 [batch], positions before
-// the first query; ratio: positions that a key stands for, which is seen from the last of them on; blocks: how many a
-// query may look into, its own among them; q: float [batch, queries, heads, width]; weights: float [batch, queries,
-// heads]; vectors: whether a matrix unit is left aside. out: int64 [batch, queries, k], ascending, -1 after the last.
+// the first query; ratio: positions that a key stands for, which is seen from the last of them on; floor: a score below
+// counts as it; blocks: how many a query may look into, its own among them; q: float [batch, queries, heads, width];
+// weights: float [batch, queries, heads]; block_q, block_weights: the same for summaries, or null; vectors: whether a
+// matrix unit is left aside. out: int64 [batch, queries, k], ascending, -1 after the last.
 extern "C" void ff_select_positions(const void* keys, const void* summaries, int format, const int64_t* pages,
                                     int64_t n_pages, int64_t page_stride, int64_t summary_stride, int64_t page_size,
-                                    int64_t block, int64_t blocks, const int64_t* past, int64_t ratio, const float* q,
-                                    const float* weights, int64_t batch, int64_t queries, int64_t heads, int64_t width, int64_t k,
-                                    int64_t* out, int vectors, int threads) {
+                                    int64_t block, int64_t blocks, const int64_t* past, int64_t ratio, float floor, const float* q,
+                                    const float* weights, const float* block_q, const float* block_weights, int64_t batch,
+                                    int64_t queries, int64_t heads, int64_t width, int64_t k, int64_t* out, int vectors,
+                                    int threads) {
     const Request request{{keys, format, pages, n_pages, page_stride, page_size, width},
                           {summaries, format, pages, n_pages, summary_stride, page_size / block, width},
-                          block, blocks, past, ratio, q, weights, batch, queries, heads, k, out};
+                          block, blocks, past, ratio, floor,
+                          q, weights, block_q, block_weights, batch, queries, heads, k, out};
 #ifdef HAS_MATRIX
     if (!vectors && format != FLOAT32 && matrix::is_there()) return select_all<ByMatrix>(request, threads);
 #endif
