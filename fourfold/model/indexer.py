@@ -13,9 +13,9 @@ from fourfold.model.compressor import Compressor, gather_entries, store_entries
 from fourfold.model.context import Context, Selection, Window, chosen_mask
 
 # What an indexer of two levels learns by, found by trial: of the attention, keys with less than this share of it are
-# nobody's need; a query that is not learnt counts so much; the price of a score that nobody needs; and how much of a
-# head that is closed to a key leaks through while it learns, so that it can open.
-PEAK, UNLEARNT, IDLE_PRICE, LEAK = 1 / 32, 0.01, 1.0, 0.1
+# nobody's need; the price of a score that nobody needs; and how much of a head that is closed to a key leaks through
+# while it learns, so that it can open.
+PEAK, IDLE_PRICE, LEAK = 1 / 32, 1.0, 0.1
 
 
 class Indexer(nn.Module):
@@ -205,15 +205,14 @@ def two_level_loss(
 
     The divergence is from the peaks of the attention alone, of keys and of whole blocks, and each positive score of
     what gets less than the mean has a price (which does not grow with the crowd: a short sequence stretched far would
-    silence all scores). Queries whose answer the model does not learn count little.
+    silence all scores). A query whose next token is not learnt needs nothing.
 
     target, scores: [B, L, S]; blocks: [B, L, S // size], scores of summaries; visible: bool [B, L, S]; crowd: as of
     :func:`index_loss`; learnt: bool [B, L].
     """
     target = shares(target, visible)
-    target = shares(target.masked_fill(target < PEAK, 0), visible)
-    weights = torch.where(learnt, 1.0, UNLEARNT)
-    weights = weights / weights.mean()
+    target = shares(target.masked_fill((target < PEAK) | ~learnt[..., None], 0), visible)
+    weight = 1 / learnt.float().mean().clamp_min(1e-12)
     levels = [(target, scores, visible)]
     if count := blocks.shape[-1]:
         size = scores.shape[-1] // count
@@ -227,7 +226,7 @@ def two_level_loss(
         some = torch.where(minor, some.relu(), some)  # as they count in the choice; the others shall rise above
         wrong = divergence(share, stand_for_skipped(some, share, seen, crowd), seen)
         idle = some.masked_fill(~(seen & minor), 0).sum(-1)
-        total = total + (weights * mass.sum(-1) * wrong + IDLE_PRICE * idle).sum()
+        total = total + (weight * mass.sum(-1) * wrong + IDLE_PRICE * idle).sum()
     return total
 
 

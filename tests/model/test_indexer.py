@@ -12,7 +12,6 @@ from fourfold.model.cache import Cache, PagePool, SequenceState
 from fourfold.model.indexer import (
     IDLE_PRICE,
     PEAK,
-    UNLEARNT,
     index_loss,
     index_recall,
     index_target,
@@ -335,8 +334,6 @@ def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
     target = target.masked_fill(~visible, 0)
     crowd, learnt = 1 + 9 * torch.rand(2, queries), torch.rand(2, queries) < 0.4
     loss = two_level_loss(target, scores, blocks, visible, crowd, learnt)
-    weights = torch.where(learnt, 1, UNLEARNT)
-    weights = weights / weights.mean()
 
     def level(mass: dict[int, float], row: torch.Tensor, often: float) -> tuple[torch.Tensor, torch.Tensor]:
         total = sum(mass.values())
@@ -355,16 +352,16 @@ def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
         for t in range(queries):
             seen = visible[b, t].nonzero()[:, 0].tolist()
             part = {i: float(target[b, t, i] / target[b, t].sum()) for i in seen}
-            peaks = {i: p if p >= PEAK else 0.0 for i, p in part.items()}
+            peaks = {i: p if p >= PEAK and learnt[b, t] else 0.0 for i, p in part.items()}
             dropped += sum(p > 0 for p in part.values()) - sum(p > 0 for p in peaks.values())
-            peaks = {i: p / sum(peaks.values()) for i, p in peaks.items()}
+            peaks = {i: p / (sum(peaks.values()) or 1) for i, p in peaks.items()}
             whole = [i for i in range(count) if all(size * i + j in peaks for j in range(size))]
             found = [level(peaks, scores[b, t], float(crowd[b, t]))]
             if whole:
                 mass = {i: sum(peaks[size * i + j] for j in range(size)) for i in whole}
                 found.append(level(mass, blocks[b, t], float(crowd[b, t])))
             for wrong, idle in found:
-                wanted = wanted + weights[b, t] * wrong + IDLE_PRICE * idle
+                wanted = wanted + wrong / learnt.float().mean() + IDLE_PRICE * idle
     assert dropped > 50
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-3)
     for grad in torch.autograd.grad(loss, [scores, blocks]):
