@@ -159,9 +159,10 @@ class IndexerConfig:
 
     ``mode``: ``off`` (no indexer), ``dense`` (present, unused), ``warmup`` (dense attention, the
     indexer learns by KL and nothing else learns), ``sparse`` (attention over the selected keys).
-    ``candidate_blocks`` > 0: keys are scored only in so many blocks of ``block_size``, a query's own and those whose
-    summary scores best by queries of their own, and a score below zero counts as zero; ``first_layer``: layers before
-    it have no indexer, they attend to the last ``topk`` positions, whatever the mode. Both for ``mla``.
+    ``candidate_blocks`` > 0: keys are scored only in so many blocks of ``block_size`` (less one) whose summary scores
+    best by queries of their own, and in those of the newest ``topk`` keys, and a score below zero counts as zero;
+    ``first_layer``: layers before it have no indexer, they attend to the last ``topk`` positions, whatever the mode.
+    Both for ``mla``.
     """
 
     mode: str = "off"

@@ -74,7 +74,7 @@ class Indexer(nn.Module):
                 )
                 if window.ids is None and window.length > blocks * size:  # a packed row is never that long
                     with torch.no_grad():
-                        bounds = window.positions, size, blocks, window.length, self.cfg.floor
+                        bounds = window.positions, size, blocks, window.length, self.cfg.topk, self.cfg.floor
                         visible = visible & ops.candidate_keys(asked, summaries, worth, *bounds)
                 if self.training:
                     scores = leaky_scores(q[window.rows], keys, weights[window.rows])

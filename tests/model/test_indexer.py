@@ -280,15 +280,23 @@ def test_two_levels_choose_alike_however_a_sequence_is_cut(chunks, kernels, monk
 
 
 @torch.no_grad()
-def test_two_levels_look_into_the_best_blocks_and_the_own_one():
+def test_two_levels_look_into_the_best_blocks_and_those_of_the_newest_keys():
+    positions, keys = torch.arange(64)[None], torch.randn(1, 64, 8)
+    q, weights = torch.randn(1, 64, 2, 8), torch.rand(1, 64, 2)
+    summaries = ops.block_summaries(keys, 4)
+    looked_into = (
+        ops.candidate_keys(q, summaries, weights, positions, 4, 3, 64, 6, 0.0)[0].unflatten(-1, (16, 4)).all(-1)
+    )
+    scores = ops.index_scores(q, summaries, weights)[0].relu()
+    for t in range(64):
+        first, own = max(t - 5, 0) // 4, t // 4
+        best = sorted(range(first), key=lambda i: (float(scores[t, i]), i))[-2:]
+        assert looked_into[t].nonzero()[:, 0].tolist() == sorted([*best, *range(first, own + 1)])
     made, probe = indexed(**TWO_LEVELS), Probe()
     made(pack([tiny.text(64)]), probe=probe)
     for chosen in probe.selected.values():
-        own = torch.arange(64) // 4
-        blocks = chosen[0][0].unflatten(-1, (16, 4)).any(-1)
-        assert (blocks.sum(-1) <= 3).all()
         assert torch.equal(chosen[0][0].sum(-1), torch.arange(1, 65).clamp_max(4))
-        assert not (blocks & (torch.arange(16) > own[:, None])).any()
+        assert not (chosen[0][0] & (torch.arange(64) > torch.arange(64)[:, None])).any()
 
 
 @torch.no_grad()

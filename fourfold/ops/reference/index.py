@@ -46,20 +46,22 @@ def candidate_keys(
     size: int,
     blocks: int,
     count: int,
+    k: int,
     floor: float = -torch.inf,
 ) -> Tensor:
-    """The keys that are worth an exact score: those of the ``blocks`` best blocks, a query's own block among them.
+    """The keys that are worth an exact score: those of the blocks of a query's newest ``k`` keys, which win among equal
+    scores, and of the ``blocks - 1`` best blocks before those.
 
     A query's choice rests on whole blocks before its own, hence on nothing after it, however its sequence is cut.
     q, weights: of :func:`index_scores`; summaries: [B, n, D]; positions: int64 [B, L]; floor: a score below counts as
     it. Returns bool [B, L, count].
     """
-    own = (positions // size)[..., None]
+    own, newest = (positions // size)[..., None], ((positions - k + 1).clamp_min(0) // size)[..., None]
     number = torch.arange(max(summaries.shape[1], -(-count // size)), device=q.device)
     scores = index_scores(q, summaries, weights).clamp_min(floor)
     scores = F.pad(scores, (0, len(number) - scores.shape[-1]))
-    near = select_topk(scores, (number < own) & (number < summaries.shape[1]), blocks - 1) | (number == own)
-    return near.repeat_interleave(size, dim=-1)[..., :count]
+    best = select_topk(scores, (number < newest) & (number < summaries.shape[1]), blocks - 1)
+    return (best | (number >= newest) & (number <= own)).repeat_interleave(size, dim=-1)[..., :count]
 
 
 def queries_for(dtype: torch.dtype, q: Tensor) -> Tensor:
@@ -99,7 +101,9 @@ def select_positions(
         size = keys.shape[1] // summaries.shape[1]
         block_q = queries_for(keys.dtype, block_q)
         lying = decode_rows(summaries[pages].flatten(1, 2), [q.shape[-1]])
-        visible = visible & candidate_keys(block_q, lying, block_weights, positions, size, blocks, len(number), floor)
+        visible = visible & candidate_keys(
+            block_q, lying, block_weights, positions, size, blocks, len(number), k, floor
+        )
     chosen = select_topk(index_scores(q, rows, weights).clamp_min(floor), visible, k)
     return chosen_positions(chosen, k)
 

@@ -1,8 +1,8 @@
 // The lightning indexer's selection, streamed: scores are looked at and forgotten, so that memory holds the k best
 // of each query alone.
 //
-// With summaries of blocks of keys it goes in two levels: every summary before the query's own block is scored, and
-// the keys of the best blocks and of its own are gathered and scored exactly. Of equal scores the later one wins.
+// With summaries of blocks of keys it goes in two levels: every summary before the blocks of the newest k keys is
+// scored, and the keys of the best blocks and of those are gathered and scored exactly. Of equal scores the later one wins.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -224,6 +224,7 @@ struct Request {
 
     int64_t seen(int64_t b, int64_t t) const { return (past[b] + t + 1) / ratio; }  // keys, by a query
     int64_t own_block(int64_t b, int64_t t) const { return std::max<int64_t>(seen(b, t) - 1, 0) / block; }
+    int64_t newest_block(int64_t b, int64_t t) const { return std::max<int64_t>(seen(b, t) - k, 0) / block; }  // of the k
     bool in_two_levels(int64_t b, int64_t last) const { return summaries.data && own_block(b, last) >= blocks; }
 };
 
@@ -295,9 +296,9 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
     } else {
         begin(r.block_q, r.block_weights);
         std::vector<typename Scoring::Kept> near(count, typename Scoring::Kept(r.blocks - 1, true));
-        const int64_t size = Scoring::depth(width) * CHUNK, newest = r.own_block(b, last - 1);
+        const int64_t size = Scoring::depth(width) * CHUNK, newest = r.newest_block(b, last - 1);
         int64_t ends[TILE];
-        for (int64_t t = 0; t < count; t++) ends[t] = r.own_block(b, first + t);
+        for (int64_t t = 0; t < count; t++) ends[t] = r.newest_block(b, first + t);
         for (int64_t s = (newest - 1) / CHUNK * CHUNK; s >= 0 && r.blocks > 1; s -= CHUNK) {
             const auto* keys = summaries.numbers.data() + s / CHUNK * size;
             offer_all(keys, summaries.scales.data() + s, s, CHUNK, near, [&](int64_t t) { return ends[t]; });
@@ -306,7 +307,7 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
         begin(r.q, r.weights);
         for (int64_t t = 0; t < count; t++) {
             near[t].list(chosen);
-            chosen.push_back(ends[t]);
+            for (int64_t i = ends[t]; i <= r.own_block(b, first + t); i++) chosen.push_back(i);
             int64_t there = 0;  // keys gathered
             auto score = [&] {
                 scoring.score_gathered(scaled ? scales : nullptr, t, there, scores);
@@ -378,7 +379,7 @@ template <class Scoring> void select_all(const Request& r, int threads) {
 // keys: rows of `width` numbers in pages, in a format of rows.h; page_stride, summary_stride: in elements; summaries:
 // one such row for each `block` keys of a page, or null: every key is scored; past: int64 [batch], positions before
 // the first query; ratio: positions that a key stands for, which is seen from the last of them on; floor: a score below
-// counts as it; blocks: how many a query may look into, its own among them; q: float [batch, queries, heads, width];
+// counts as it; blocks: one more than a query may look into before its newest k keys; q: float [batch, queries, heads, width];
 // weights: float [batch, queries, heads]; block_q, block_weights: the same for summaries, or null; vectors: whether a
 // matrix unit is left aside. out: int64 [batch, queries, k], ascending, -1 after the last.
 extern "C" void ff_select_positions(const void* keys, const void* summaries, int format, const int64_t* pages,
