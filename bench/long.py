@@ -31,7 +31,10 @@ CHUNK, FIRST, DECODED = 512, 4096, 24
 
 
 def extended(model: Model, length: int, block_size: int | None, candidate_blocks: int | None) -> Model:
-    """The same weights, read further than they were trained for; None: as the model has it."""
+    """The same weights, read further than they were trained for; None: as the model has it.
+
+    One that never learnt to ask for blocks asks for them as it does for keys.
+    """
     index = model.cfg.indexer
     cfg = model.cfg.replace(
         **{
@@ -42,8 +45,10 @@ def extended(model: Model, length: int, block_size: int | None, candidate_blocks
     )
     model.cfg = cfg
     for layer in model.layers:
-        if layer.self_attn.indexer is not None:
-            layer.self_attn.indexer.cfg = cfg.indexer
+        if (indexer := layer.self_attn.indexer) is not None:
+            if not index.candidate_blocks:
+                indexer.block_wq_b, indexer.block_weights_proj = indexer.wq_b, indexer.weights_proj
+            indexer.cfg = cfg.indexer
     return model
 
 
