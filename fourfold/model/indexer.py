@@ -67,18 +67,16 @@ class Indexer(nn.Module):
             best = scores.detach().clamp_min(self.cfg.floor)
             if self.cfg.candidate_blocks:
                 size, blocks = self.cfg.block_size, self.cfg.candidate_blocks
-                asked, worth, summaries = (
-                    block_q[window.rows],
-                    block_weights[window.rows],
-                    ops.block_summaries(keys, size),
-                )
+                asked, worth = block_q[window.rows], block_weights[window.rows]
+                summaries = ops.block_summaries(keys, size)
                 if window.ids is None and window.length > blocks * size:  # a packed row is never that long
                     with torch.no_grad():
                         bounds = window.positions, size, blocks, window.length, self.cfg.topk, self.cfg.floor
                         visible = visible & ops.candidate_keys(asked, summaries, worth, *bounds)
                 if self.training:
-                    scores = leaky_scores(q[window.rows], keys, weights[window.rows])
-                    selection.block_scores.append(leaky_scores(asked, summaries, worth))
+                    scores = leaky(scores, q[window.rows], keys, weights[window.rows])
+                    block_scores = ops.index_scores(asked, summaries, worth)
+                    selection.block_scores.append(leaky(block_scores, asked, summaries, worth))
             selection.scores.append(scores)
             selection.chosen.append(ops.select_topk(best, visible, self.cfg.topk))
         return selection
@@ -171,10 +169,10 @@ def index_queries(
     return q, weights
 
 
-def leaky_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-    """:func:`fourfold.ops.index_scores` with a relu that leaks; to learn by, not to choose by."""
+def leaky(scores: Tensor, q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """The ``scores`` of these by :func:`fourfold.ops.index_scores`, with a relu that leaks: to learn by, not to choose."""
     through = (q * weights[..., None]).sum(-2) @ keys.transpose(-1, -2)
-    return (1 - LEAK) * ops.index_scores(q, keys, weights) + LEAK * through
+    return (1 - LEAK) * scores + LEAK * through
 
 
 def index_target(probs: Tensor) -> Tensor:

@@ -14,5 +14,6 @@ void ff_rms_norm(const float* x, float* residual, const float* weight, float* ou
 void ff_select_positions(const void* keys, const void* summaries, int format, const int64_t* pages, int64_t n_pages,
                          int64_t page_stride, int64_t summary_stride, int64_t page_size, int64_t block, int64_t blocks,
                          const int64_t* past, int64_t ratio, float floor, const float* q, const float* weights,
-                         const float* block_q, const float* block_weights, int64_t batch, int64_t queries, int64_t heads, int64_t width, int64_t k, int64_t* out, int vectors, int threads);
+                         const float* block_q, const float* block_weights, int64_t batch, int64_t queries,
+                         int64_t heads, int64_t width, int64_t k, int64_t* out, int vectors, int threads);
 }
