@@ -170,7 +170,7 @@ def index_queries(
 
 
 def leaky(scores: Tensor, q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-    """The ``scores`` of these by :func:`fourfold.ops.index_scores`, with a relu that leaks: to learn by, not to choose."""
+    """Scores by :func:`fourfold.ops.index_scores` as with a relu that leaks: to learn by, not to choose by."""
     through = (q * weights[..., None]).sum(-2) @ keys.transpose(-1, -2)
     return (1 - LEAK) * scores + LEAK * through
 
