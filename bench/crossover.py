@@ -114,9 +114,11 @@ def main() -> None:
     measured: dict[str, dict[int, float]] = {}
     formula: dict[str, dict[int, float]] = {}
     cases = {}
-    for name, mode, blocks in (("dense", "dense", 0), ("two-level", "sparse", 256)):
+    for name, mode in (("dense", "dense"), ("two-level", "sparse")):
         trained, _ = load_model(resolve(args.model))
-        model = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]), 32, blocks)
+        blocks = None if trained.cfg.indexer.candidate_blocks else (32, 256)
+        level = (0, 0) if mode == "dense" else blocks or (None, None)
+        model = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]), *level)
         model.set_indexer_mode(mode)
         cfg = model.cfg.replace(**{"indexer.mode": mode})
         found = {n: seconds_per_token(model, n, args.repeats) for n in LENGTHS[name]}

@@ -160,7 +160,7 @@ class IndexerConfig:
     ``mode``: ``off`` (no indexer), ``dense`` (present, unused), ``warmup`` (dense attention, the
     indexer learns by KL and nothing else learns), ``sparse`` (attention over the selected keys).
     ``candidate_blocks`` > 0: keys are scored only in so many blocks of ``block_size`` (less one) whose summary scores
-    best by queries of their own, and in those of the newest ``topk`` keys, and a score below zero counts as zero;
+    best by queries of their own, and in those of the newest ``topk`` keys, and a key's score below one counts as one;
     ``first_layer``: layers before it have no indexer, they attend to the last ``topk`` positions, whatever the mode.
     Both for ``mla``.
     """
@@ -189,8 +189,8 @@ class IndexerConfig:
 
     @property
     def floor(self) -> float:
-        """A score below counts as it."""
-        return 0.0 if self.candidate_blocks else -math.inf
+        """A score below counts as it. Scores are learnt as logits: what is needed among a million stands far above."""
+        return 1.0 if self.candidate_blocks else -math.inf
 
     @property
     def rows_per_position(self) -> Fraction:

@@ -71,7 +71,7 @@ class Indexer(nn.Module):
                 summaries = ops.block_summaries(keys, size)
                 if window.ids is None and window.length > blocks * size:  # a packed row is never that long
                     with torch.no_grad():
-                        bounds = window.positions, size, blocks, window.length, self.cfg.topk, self.cfg.floor
+                        bounds = window.positions, size, blocks, window.length, self.cfg.topk
                         visible = visible & ops.candidate_keys(asked, summaries, worth, *bounds)
                 if self.training:
                     scores = leaky(scores, q[window.rows], keys, weights[window.rows])
@@ -199,11 +199,12 @@ def two_level_loss(
     target: Tensor, scores: Tensor, blocks: Tensor, visible: Tensor, crowd: Tensor, learnt: Tensor
 ) -> Tensor:
     """The same for an indexer of two levels, summed over queries: what nobody needs shall score nothing, for then it
-    takes no place among the few, summaries need not order it, and the newest keys win, which both levels agree on.
+    takes no place among the few, and the newest keys win, which both levels agree on.
 
     The divergence is from the peaks of the attention alone, of keys and of whole blocks, and each positive score of
-    what gets less than the mean has a price (which does not grow with the crowd: a short sequence stretched far would
-    silence all scores). A query whose next token is not learnt needs nothing.
+    a key that gets less than the mean has a price (which does not grow with the crowd: a short sequence stretched far
+    would silence all scores). Blocks have none: only their order counts, and a price would teach to score nothing at
+    all. A query whose next token is not learnt needs nothing.
 
     target, scores: [B, L, S]; blocks: [B, L, S // size], scores of summaries; visible: bool [B, L, S]; crowd: as of
     :func:`index_loss`; learnt: bool [B, L].
@@ -211,21 +212,18 @@ def two_level_loss(
     target = shares(target, visible)
     target = shares(target.masked_fill((target < PEAK) | ~learnt[..., None], 0), visible)
     weight = 1 / learnt.float().mean().clamp_min(1e-12)
-    levels = [(target, scores, visible)]
+    minor = is_minor(target, visible)
+    scores = torch.where(minor, scores.relu(), scores)  # as they count in the choice; the others shall rise above
+    idle = scores.masked_fill(~(visible & minor), 0).sum(-1)
+    wrong = target.sum(-1) * divergence(target, stand_for_skipped(scores, target, visible, crowd), visible)
     if count := blocks.shape[-1]:
         size = scores.shape[-1] // count
         mass, seen = (t[..., : count * size].unflatten(-1, (count, size)) for t in (target, visible))
-        levels.append((mass.sum(-1), blocks, seen.all(-1)))
-    total = scores.new_zeros(())
-    for mass, some, seen in levels:
-        mass = mass.masked_fill(~seen, 0)
-        share = shares(mass, seen)
-        minor = is_minor(share, seen)
-        some = torch.where(minor, some.relu(), some)  # as they count in the choice; the others shall rise above
-        wrong = divergence(share, stand_for_skipped(some, share, seen, crowd), seen)
-        idle = some.masked_fill(~(seen & minor), 0).sum(-1)
-        total = total + (weight * mass.sum(-1) * wrong + IDLE_PRICE * idle).sum()
-    return total
+        whole = seen.all(-1)
+        mass = mass.sum(-1).masked_fill(~whole, 0)
+        share = shares(mass, whole)
+        wrong = wrong + mass.sum(-1) * divergence(share, stand_for_skipped(blocks, share, whole, crowd), whole)
+    return (weight * wrong + IDLE_PRICE * idle).sum()
 
 
 def shares(target: Tensor, keys: Tensor) -> Tensor:

@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from fourfold import ops
-from fourfold.config import ModelConfig
 from fourfold.data.recall import NEEDLES, document
 from fourfold.eval import mqar, recall
 from fourfold.eval.recall import heatmap
 from fourfold.model.cache import PagePool, SequenceState
-from fourfold.model.transformer import Model
 from fourfold.serve.local import LocalModel
-from tests.serve.tiny import TINY, tiny_model, tiny_tokenizer
+from tests.serve.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +127,8 @@ def test_an_interrupted_run_goes_on_where_it_was(subject, tmp_path):
 
 def test_what_two_levels_keep_of_the_flat_choice_is_told_by_length_and_layer():
     def report(**indexer):
-        torch.manual_seed(0)
-        cfg = ModelConfig.from_dict(TINY | {"indexer": TINY["indexer"] | indexer})
-        return mqar.run(LocalModel(Model(cfg), tiny_tokenizer(), "tiny"), {"length": [40, 200], "samples": 2})
+        model = LocalModel(tiny_model(**indexer), tiny_tokenizer(), "tiny")
+        return mqar.run(model, {"length": [40, 200], "samples": 2})
 
     assert "kept" not in report()
     kept = report(block_size=4, candidate_blocks=12)["kept"]

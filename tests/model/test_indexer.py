@@ -284,10 +284,8 @@ def test_two_levels_look_into_the_best_blocks_and_those_of_the_newest_keys():
     positions, keys = torch.arange(64)[None], torch.randn(1, 64, 8)
     q, weights = torch.randn(1, 64, 2, 8), torch.rand(1, 64, 2)
     summaries = ops.block_summaries(keys, 4)
-    looked_into = (
-        ops.candidate_keys(q, summaries, weights, positions, 4, 3, 64, 6, 0.0)[0].unflatten(-1, (16, 4)).all(-1)
-    )
-    scores = ops.index_scores(q, summaries, weights)[0].relu()
+    looked_into = ops.candidate_keys(q, summaries, weights, positions, 4, 3, 64, 6)[0].unflatten(-1, (16, 4)).all(-1)
+    scores = ops.index_scores(q, summaries, weights)[0]
     for t in range(64):
         first, own = max(t - 5, 0) // 4, t // 4
         best = sorted(range(first), key=lambda i: (float(scores[t, i]), i))[-2:]
@@ -301,7 +299,7 @@ def test_two_levels_look_into_the_best_blocks_and_those_of_the_newest_keys():
 
 @torch.no_grad()
 def test_with_room_for_all_blocks_two_levels_are_one(monkeypatch):
-    """They choose what one level does whose scores below zero count as zero, which is not what it does else."""
+    """They choose what one level does whose scores below one count as one, which is not what it does else."""
     two, more, less = (indexed(**TWO_LEVELS | {"indexer.candidate_blocks": n}) for n in (16, 99, 3))
     more.load_state_dict(two.state_dict())
     less.load_state_dict(two.state_dict())
@@ -311,7 +309,7 @@ def test_with_room_for_all_blocks_two_levels_are_one(monkeypatch):
     assert torch.equal(more(packed).logits, wanted)
     assert not torch.equal(less(packed).logits, wanted)
     assert not torch.equal(flat(packed).logits, wanted)
-    monkeypatch.setattr(IndexerConfig, "floor", 0.0)
+    monkeypatch.setattr(IndexerConfig, "floor", 1.0)
     assert torch.equal(flat(packed).logits, wanted)
 
 
@@ -343,17 +341,18 @@ def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
     crowd, learnt = 1 + 9 * torch.rand(2, queries), torch.rand(2, queries) < 0.4
     loss = two_level_loss(target, scores, blocks, visible, crowd, learnt)
 
-    def level(mass: dict[int, float], row: torch.Tensor, often: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def level(mass: dict[int, float], row: torch.Tensor, often: float, priced: bool) -> torch.Tensor:
         total = sum(mass.values())
         share = {i: m / total if total else 0.0 for i, m in mass.items()}
         minor = {i: share[i] * len(mass) < 1 for i in mass}
-        row = [x.relu() if minor.get(i) else x for i, x in enumerate(row)]
+        row = [x.relu() if priced and minor.get(i) else x for i, x in enumerate(row)]
         norm = sum((row[i].exp() * (often if minor[i] else 1) for i in mass), torch.zeros(()))
         wrong = torch.zeros(())
         for i, p in share.items():
             if p:
                 wrong = wrong + p * (torch.tensor(p / (often if minor[i] else 1)).log() - row[i] + norm.log())
-        return total * wrong, sum((row[i] for i in mass if minor[i]), torch.zeros(()))
+        idle = sum((row[i] for i in mass if minor[i]), torch.zeros(())) if priced else 0.0
+        return total * wrong / learnt.float().mean() + IDLE_PRICE * idle
 
     wanted, dropped = torch.zeros(()), 0
     for b in range(2):
@@ -364,12 +363,10 @@ def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
             dropped += sum(p > 0 for p in part.values()) - sum(p > 0 for p in peaks.values())
             peaks = {i: p / (sum(peaks.values()) or 1) for i, p in peaks.items()}
             whole = [i for i in range(count) if all(size * i + j in peaks for j in range(size))]
-            found = [level(peaks, scores[b, t], float(crowd[b, t]))]
+            wanted = wanted + level(peaks, scores[b, t], float(crowd[b, t]), True)
             if whole:
                 mass = {i: sum(peaks[size * i + j] for j in range(size)) for i in whole}
-                found.append(level(mass, blocks[b, t], float(crowd[b, t])))
-            for wrong, idle in found:
-                wanted = wanted + wrong / learnt.float().mean() + IDLE_PRICE * idle
+                wanted = wanted + level(mass, blocks[b, t], float(crowd[b, t]), False)
     assert dropped > 50
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-3)
     for grad in torch.autograd.grad(loss, [scores, blocks]):

@@ -94,6 +94,8 @@ def model(cfg: ModelConfig, seed: int = 0) -> Model:
                 tensor.add_(torch.randn_like(tensor) * 0.3)
             elif name.endswith("conv.weight"):
                 tensor.copy_(torch.randn_like(tensor) * 0.3)
+            elif name.endswith("weights_proj.weight") and cfg.indexer.candidate_blocks:
+                tensor.mul_(8)  # scores beyond the floor
     return made
 
 

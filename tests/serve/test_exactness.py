@@ -32,9 +32,7 @@ def made(kind):
         torch.manual_seed(0)
         model = Model(ModelConfig.from_dict({**TINY, "mtp": {"num_layers": 1}}))
     elif kind == "blocks":  # of keys, few of which get exact scores
-        torch.manual_seed(0)
-        indexer = TINY["indexer"] | {"topk": 8, "block_size": 4, "candidate_blocks": 4}
-        model = Model(ModelConfig.from_dict({**TINY, "indexer": indexer}))
+        model = tiny_model(topk=8, block_size=4, candidate_blocks=4)
     elif kind in QUANTISED:
         torch.manual_seed(0)
         moe = TINY["moe"] | {"moe_intermediate_size": 32}

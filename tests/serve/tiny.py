@@ -31,9 +31,15 @@ def tiny_tokenizer() -> Tokenizer:
     return train_tokenizer(["the quick brown fox jumps over the lazy dog, again and again"] * 3, 290)
 
 
-def tiny_model() -> Model:
+def tiny_model(**indexer: int) -> Model:
+    """indexer: what is unlike in its configuration."""
     torch.manual_seed(0)
-    return Model(ModelConfig.from_dict(TINY))
+    made = Model(ModelConfig.from_dict(TINY | {"indexer": TINY["indexer"] | indexer}))
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            if name.endswith("weights_proj.weight") and made.cfg.indexer.candidate_blocks:
+                tensor.mul_(8)  # scores beyond the floor
+    return made
 
 
 class Scripted(Model):

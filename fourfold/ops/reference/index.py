@@ -47,18 +47,16 @@ def candidate_keys(
     blocks: int,
     count: int,
     k: int,
-    floor: float = -torch.inf,
 ) -> Tensor:
     """The keys that are worth an exact score: those of the blocks of a query's newest ``k`` keys, which win among equal
     scores, and of the ``blocks - 1`` best blocks before those.
 
     A query's choice rests on whole blocks before its own, hence on nothing after it, however its sequence is cut.
-    q, weights: of :func:`index_scores`; summaries: [B, n, D]; positions: int64 [B, L]; floor: a score below counts as
-    it. Returns bool [B, L, count].
+    q, weights: of :func:`index_scores`; summaries: [B, n, D]; positions: int64 [B, L]. Returns bool [B, L, count].
     """
     own, newest = (positions // size)[..., None], ((positions - k + 1).clamp_min(0) // size)[..., None]
     number = torch.arange(max(summaries.shape[1], -(-count // size)), device=q.device)
-    scores = index_scores(q, summaries, weights).clamp_min(floor)
+    scores = index_scores(q, summaries, weights)
     scores = F.pad(scores, (0, len(number) - scores.shape[-1]))
     best = select_topk(scores, (number < newest) & (number < summaries.shape[1]), blocks - 1)
     return (best | (number >= newest) & (number <= own)).repeat_interleave(size, dim=-1)[..., :count]
@@ -88,8 +86,8 @@ def select_positions(
     q, weights: of :func:`index_scores`; keys: [P, page_size, row_width of D], rows of any format; pages: int64 [B, m],
     those of each sequence; past: int64 [B], positions before the first query; summaries: [P, page_size / size,
     row_width of D], then among the :func:`candidate_keys` alone, by block_q and block_weights, which are like q and
-    weights; ratio: positions that a key stands for, which is seen from the last of them on; floor: a score below counts
-    as it, of keys and of summaries. Returns int64 [B, L, k], ascending, -1 after the last.
+    weights; ratio: positions that a key stands for, which is seen from the last of them on; floor: a key's score
+    below counts as it. Returns int64 [B, L, k], ascending, -1 after the last.
     """
     q = queries_for(keys.dtype, q)
     rows = decode_rows(keys[pages].flatten(1, 2), [q.shape[-1]])
@@ -101,9 +99,7 @@ def select_positions(
         size = keys.shape[1] // summaries.shape[1]
         block_q = queries_for(keys.dtype, block_q)
         lying = decode_rows(summaries[pages].flatten(1, 2), [q.shape[-1]])
-        visible = visible & candidate_keys(
-            block_q, lying, block_weights, positions, size, blocks, len(number), k, floor
-        )
+        visible = visible & candidate_keys(block_q, lying, block_weights, positions, size, blocks, len(number), k)
     chosen = select_topk(index_scores(q, rows, weights).clamp_min(floor), visible, k)
     return chosen_positions(chosen, k)
 

@@ -263,18 +263,19 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
     float bars[TILE];
     bool hits[TILE];
     // Offers n scores at `places`
-    auto offer = [&](auto& collection, float* some, int64_t n) {
-        for (int64_t i = 0; i < n; i++) some[i] = std::max(some[i], r.floor);
+    auto offer = [&](auto& collection, float* some, int64_t n, float floor) {
+        for (int64_t i = 0; i < n; i++) some[i] = std::max(some[i], floor);
         collection.offer(some, places, n);
     };
     // Offers n keys from number s on, laid out, to the collection of each query as far as it sees them
-    auto offer_all = [&](const auto* keys, const float* key_scales, int64_t s, int64_t n, auto& collections, auto seen) {
+    auto offer_all = [&](const auto* keys, const float* key_scales, int64_t s, int64_t n, auto& collections, auto seen,
+                         float floor) {
         std::iota(places, places + CHUNK, uint32_t(s));
         for (int64_t t = 0; t < count; t++) bars[t] = collections[t].least();
         scoring.score(keys, scaled ? key_scales : nullptr, count, n, bars, scores, hits);
         for (int64_t t = 0; t < count; t++) {
             const int64_t there = hits[t] ? std::min(n, seen(t) - s) : 0;
-            if (there > 0) offer(collections[t], scores + t * CHUNK, there);
+            if (there > 0) offer(collections[t], scores + t * CHUNK, there, floor);
         }
     };
     if (one_level) {
@@ -287,11 +288,11 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
                 scoring.gather(r.keys, b, s, there, scales, 0);
                 scoring.score_gathered(scaled ? scales : nullptr, 0, there, scores);
                 std::iota(places, places + CHUNK, uint32_t(s));
-                offer(best[0], scores, there);
+                offer(best[0], scores, there, r.floor);
                 continue;
             }
             Scoring::lay(r.keys, b, s, there, keys.data(), scales);
-            offer_all(keys.data(), scales, s, there, best, [&](int64_t t) { return r.seen(b, first + t); });
+            offer_all(keys.data(), scales, s, there, best, [&](int64_t t) { return r.seen(b, first + t); }, r.floor);
         }
     } else {
         begin(r.block_q, r.block_weights);
@@ -301,7 +302,7 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
         for (int64_t t = 0; t < count; t++) ends[t] = r.newest_block(b, first + t);
         for (int64_t s = (newest - 1) / CHUNK * CHUNK; s >= 0 && r.blocks > 1; s -= CHUNK) {
             const auto* keys = summaries.numbers.data() + s / CHUNK * size;
-            offer_all(keys, summaries.scales.data() + s, s, CHUNK, near, [&](int64_t t) { return ends[t]; });
+            offer_all(keys, summaries.scales.data() + s, s, CHUNK, near, [&](int64_t t) { return ends[t]; }, -INFINITY);
         }
         scoring.end();
         begin(r.q, r.weights);
@@ -311,7 +312,7 @@ std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Sc
             int64_t there = 0;  // keys gathered
             auto score = [&] {
                 scoring.score_gathered(scaled ? scales : nullptr, t, there, scores);
-                offer(best[t], scores, there);
+                offer(best[t], scores, there, r.floor);
                 there = 0;
             };
             for (size_t i = 0; i < chosen.size(); i++) {
