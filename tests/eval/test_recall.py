@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+import fourfold
 from fourfold import ops
 from fourfold.data.recall import NEEDLES, document
-from fourfold.eval import mqar, recall
+from fourfold.eval import mqar, needle, recall
 from fourfold.eval.recall import heatmap
 from fourfold.model.cache import PagePool, SequenceState
 from fourfold.serve.local import LocalModel
@@ -134,6 +135,15 @@ def test_what_two_levels_keep_of_the_flat_choice_is_told_by_length_and_layer():
     kept = report(block_size=4, candidate_blocks=12)["kept"]
     assert kept["40"] == {"0": 1, "2": 1}  # all blocks are candidates
     assert all(0.1 < share < 1 for share in kept["200"].values()) and set(kept["200"]) == {"0", "2"}
+
+
+def test_the_bundled_long_model_finds_its_needles_in_two_levels():
+    model = fourfold.load("nano-long", dtype="bf16")
+    settings = {"task": "niah_multiquery", "length": [2048, 16384], "samples": 2, "cache_format": "bf16", "seed": 9}
+    report = needle.run(model, settings)
+    assert report["scores"]["niah_multiquery"]["n"] == 16
+    assert report["scores"]["niah_multiquery"]["accuracy"] > 0.9
+    assert report["kept"]["16384"]["2"] > 0.99
 
 
 def test_a_suite_runs_a_model_and_its_map_is_drawn(subject, tmp_path):
