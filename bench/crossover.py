@@ -116,8 +116,7 @@ def main() -> None:
     cases = {}
     for name, mode in (("dense", "dense"), ("two-level", "sparse")):
         trained, _ = load_model(resolve(args.model))
-        blocks = None if trained.cfg.indexer.candidate_blocks else (32, 256)
-        level = (0, 0) if mode == "dense" else blocks or (None, None)
+        level = (None, None) if trained.cfg.indexer.candidate_blocks else (32, 256)  # as it was trained
         model = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]), *level)
         model.set_indexer_mode(mode)
         cfg = model.cfg.replace(**{"indexer.mode": mode})

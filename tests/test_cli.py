@@ -119,7 +119,7 @@ def test_every_command_explains_itself(command, capsys):
         (["plan", "v5"], "'v5' is neither a directory nor a file nor one of the presets"),
         (["serve", "nano", "--quant", "int3"], "--quant: invalid choice: 'int3'"),
         (["generate", "nano", "--prompt", "x", "--dtype", "int3"], "dtype: is 'int3'"),
-        (["chat", "nowhere"], "model: 'nowhere' is neither bundled (nano) nor a directory"),
+        (["chat", "nowhere"], "model: 'nowhere' is neither bundled (nano, nano-long) nor a directory"),
         (["inspect", "nowhere"], "'nowhere'"),
         (["inspect", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["train", "nowhere.toml"], "nowhere.toml"),

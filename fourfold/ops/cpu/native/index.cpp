@@ -38,9 +38,12 @@ struct Rows {
 
 // Rows first .. first + n - 1, of one page, will be read soon
 INLINE void expect(const Rows& rows, int64_t b, int64_t first, int64_t n) {
-    const char* from = rows.row(b, first);
-    const int64_t bytes = n * row_bytes(rows.format, rows.width, 1);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+    for (int64_t s = first, some; s < first + n; s += some) {
+        some = std::min(first + n - s, rows.per_page - s % rows.per_page);
+        const char* from = rows.row(b, s);
+        const int64_t bytes = some * row_bytes(rows.format, rows.width, 1);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+    }
 }
 
 // As lay_out, of codes or numbers T
@@ -234,7 +237,7 @@ template <class Scoring> struct Summaries {
     std::vector<float> scales;
 
     void lay_out(const Request& r, int64_t b, int threads) {
-        if (!r.in_two_levels(b, r.queries - 1)) return;
+        if (!r.in_two_levels(b, r.queries - 1) || r.queries == 1) return;
         const int64_t count = r.own_block(b, r.queries - 1), chunks = (count + CHUNK - 1) / CHUNK;
         const int64_t size = Scoring::depth(r.keys.width) * CHUNK;
         numbers.resize(chunks * size), scales.resize(chunks * CHUNK);
@@ -245,90 +248,122 @@ template <class Scoring> struct Summaries {
     }
 };
 
-// The best keys of queries first .. last - 1 of sequence b, no more than a tile; in one level, of keys from .. until - 1
-template <class Scoring>
-std::vector<typename Scoring::Kept> collect(const Request& r, const Summaries<Scoring>& summaries, int64_t b, int64_t first,
-                                            int64_t last, int64_t from, int64_t until) {
-    static thread_local Scoring scoring;
-    const int64_t at = b * r.queries + first, count = last - first, width = r.keys.width;
-    const bool scaled = r.keys.format >= INT8;
-    auto begin = [&](const float* q, const float* weights) {
-        scoring.begin(q + at * r.heads * width, weights + at * r.heads, count, r.heads, width);
-    };
-    float scores[TILE * CHUNK], scales[CHUNK];
-    uint32_t places[CHUNK];  // of the keys that are scored
-    const bool one_level = !r.in_two_levels(b, last - 1);  // no block is left out
-    std::vector<typename Scoring::Kept> best(count, typename Scoring::Kept(r.k, one_level));
-    std::vector<int64_t> chosen;
-    float bars[TILE];
+// Offers scores of rows to the collections of queries first .. last - 1 of sequence b, no more than a tile
+template <class Scoring> struct Offers {
+    typedef typename Scoring::Kept Kept;
+    const Request& r;
+    const int64_t b, first, count;
+    const bool scaled;
+    Scoring& scoring;
+    float scores[TILE * CHUNK], scales[CHUNK], bars[TILE];
+    uint32_t places[CHUNK];  // of the rows that are scored
     bool hits[TILE];
-    // Offers n scores at `places`
-    auto offer = [&](auto& collection, float* some, int64_t n, float floor) {
+
+    Offers(const Request& r, int64_t b, int64_t first, int64_t last, const float* q, const float* weights)
+        : r(r), b(b), first(first), count(last - first), scaled(r.keys.format >= INT8), scoring(space()) {
+        const int64_t at = b * r.queries + first, width = r.keys.width;
+        scoring.begin(q + at * r.heads * width, weights + at * r.heads, count, r.heads, width);
+    }
+    ~Offers() { scoring.end(); }
+    static Scoring& space() {
+        static thread_local Scoring scoring;
+        return scoring;
+    }
+    // n scores, of rows at `places`
+    void offer(Kept& collection, float* some, int64_t n, float floor) {
         for (int64_t i = 0; i < n; i++) some[i] = std::max(some[i], floor);
         collection.offer(some, places, n);
-    };
-    // Offers n keys from number s on, laid out, to the collection of each query as far as it sees them
-    auto offer_all = [&](const auto* keys, const float* key_scales, int64_t s, int64_t n, auto& collections, auto seen,
-                         float floor) {
+    }
+    // The n rows that were gathered, to query t
+    void offer_gathered(Kept& collection, int64_t t, int64_t n, float floor) {
+        scoring.score_gathered(scaled ? scales : nullptr, t, n, scores);
+        offer(collection, scores, n, floor);
+    }
+    // n rows from number s on, to the only query: nobody to lay them out for
+    void offer_one(const Rows& rows, int64_t s, int64_t n, Kept& collection, float floor) {
+        scoring.gather(rows, b, s, n, scales, 0);
+        std::iota(places, places + CHUNK, uint32_t(s));
+        offer_gathered(collection, 0, n, floor);
+    }
+    // n rows from number s on, laid out, to each query as far as it sees them: those before number seen(t)
+    template <class Number, class Seen>
+    void offer_all(const Number* rows, const float* row_scales, int64_t s, int64_t n, std::vector<Kept>& collections, float floor,
+                   Seen seen) {
         std::iota(places, places + CHUNK, uint32_t(s));
         for (int64_t t = 0; t < count; t++) bars[t] = collections[t].least();
-        scoring.score(keys, scaled ? key_scales : nullptr, count, n, bars, scores, hits);
+        scoring.score(rows, scaled ? row_scales : nullptr, count, n, bars, scores, hits);
         for (int64_t t = 0; t < count; t++) {
             const int64_t there = hits[t] ? std::min(n, seen(t) - s) : 0;
             if (there > 0) offer(collections[t], scores + t * CHUNK, there, floor);
         }
-    };
-    if (one_level) {
-        begin(r.q, r.weights);
-        static thread_local std::vector<typename Scoring::Number> keys;
-        keys.resize(Scoring::depth(width) * CHUNK);
-        for (int64_t s = from + (until - from - 1) / CHUNK * CHUNK; s >= from && s < until; s -= CHUNK) {
-            const int64_t there = std::min(CHUNK, until - s);
-            if (count == 1) {  // nobody to lay them out for
-                scoring.gather(r.keys, b, s, there, scales, 0);
-                scoring.score_gathered(scaled ? scales : nullptr, 0, there, scores);
-                std::iota(places, places + CHUNK, uint32_t(s));
-                offer(best[0], scores, there, r.floor);
-                continue;
-            }
-            Scoring::lay(r.keys, b, s, there, keys.data(), scales);
-            offer_all(keys.data(), scales, s, there, best, [&](int64_t t) { return r.seen(b, first + t); }, r.floor);
-        }
-    } else {
-        begin(r.block_q, r.block_weights);
-        std::vector<typename Scoring::Kept> near(count, typename Scoring::Kept(r.blocks - 1, true));
-        const int64_t size = Scoring::depth(width) * CHUNK, newest = r.newest_block(b, last - 1);
-        int64_t ends[TILE];
-        for (int64_t t = 0; t < count; t++) ends[t] = r.newest_block(b, first + t);
-        for (int64_t s = (newest - 1) / CHUNK * CHUNK; s >= 0 && r.blocks > 1; s -= CHUNK) {
-            const auto* keys = summaries.numbers.data() + s / CHUNK * size;
-            offer_all(keys, summaries.scales.data() + s, s, CHUNK, near, [&](int64_t t) { return ends[t]; }, -INFINITY);
-        }
-        scoring.end();
-        begin(r.q, r.weights);
-        for (int64_t t = 0; t < count; t++) {
-            near[t].list(chosen);
-            for (int64_t i = ends[t]; i <= r.own_block(b, first + t); i++) chosen.push_back(i);
-            int64_t there = 0;  // keys gathered
-            auto score = [&] {
-                scoring.score_gathered(scaled ? scales : nullptr, t, there, scores);
-                offer(best[t], scores, there, r.floor);
-                there = 0;
-            };
-            for (size_t i = 0; i < chosen.size(); i++) {
-                if (i + AHEAD < chosen.size()) expect(r.keys, b, chosen[i + AHEAD] * r.block, r.block);
-                const int64_t stop = std::min((chosen[i] + 1) * r.block, r.seen(b, first + t));
-                for (int64_t s = chosen[i] * r.block, n; s < stop; s += n) {
-                    n = std::min(CHUNK - there, stop - s);
-                    scoring.gather(r.keys, b, s, n, scales, there);
-                    std::iota(places + there, places + there + n, uint32_t(s));
-                    if ((there += n) == CHUNK) score();
-                }
-            }
-            if (there) score();
-        }
     }
-    scoring.end();
+};
+
+// The best keys of queries first .. last - 1 among keys from .. until - 1
+template <class Scoring>
+std::vector<typename Scoring::Kept> best_keys(const Request& r, int64_t b, int64_t first, int64_t last, int64_t from,
+                                              int64_t until) {
+    Offers<Scoring> offers(r, b, first, last, r.q, r.weights);
+    std::vector<typename Scoring::Kept> best(offers.count, typename Scoring::Kept(r.k, true));
+    static thread_local std::vector<typename Scoring::Number> keys;
+    keys.resize(Scoring::depth(r.keys.width) * CHUNK);
+    for (int64_t s = from + (until - from - 1) / CHUNK * CHUNK; s >= from && s < until; s -= CHUNK) {
+        const int64_t there = std::min(CHUNK, until - s);
+        if (offers.count == 1) {
+            offers.offer_one(r.keys, s, there, best[0], r.floor);
+            continue;
+        }
+        Scoring::lay(r.keys, b, s, there, keys.data(), offers.scales);
+        offers.offer_all(keys.data(), offers.scales, s, there, best, r.floor, [&](int64_t t) { return r.seen(b, first + t); });
+    }
+    return best;
+}
+
+// The best blocks among from .. until - 1, as far as they lie before those of a query's newest keys
+template <class Scoring>
+std::vector<typename Scoring::Kept> best_blocks(const Request& r, const Summaries<Scoring>& summaries, int64_t b, int64_t first,
+                                                int64_t last, int64_t from, int64_t until) {
+    Offers<Scoring> offers(r, b, first, last, r.block_q, r.block_weights);
+    std::vector<typename Scoring::Kept> best(offers.count, typename Scoring::Kept(r.blocks - 1, true));
+    const int64_t size = Scoring::depth(r.keys.width) * CHUNK;
+    for (int64_t s = from + (until - from - 1) / CHUNK * CHUNK; s >= from && s < until && r.blocks > 1; s -= CHUNK) {
+        if (r.queries == 1) {
+            if (s > from) expect(r.summaries, b, s - CHUNK, CHUNK);
+            offers.offer_one(r.summaries, s, std::min(CHUNK, until - s), best[0], -INFINITY);
+            continue;
+        }
+        const auto* rows = summaries.numbers.data() + s / CHUNK * size;
+        offers.offer_all(rows, summaries.scales.data() + s, s, CHUNK, best, -INFINITY,
+                         [&](int64_t t) { return std::min(until, r.newest_block(b, first + t)); });
+    }
+    return best;
+}
+
+// The best keys of queries first .. last - 1 among those of their best blocks and of the blocks of their newest keys
+template <class Scoring>
+std::vector<typename Scoring::Kept> best_keys_of(const Request& r, int64_t b, int64_t first, int64_t last,
+                                                 std::vector<typename Scoring::Kept>& blocks) {
+    Offers<Scoring> offers(r, b, first, last, r.q, r.weights);
+    std::vector<typename Scoring::Kept> best(offers.count, typename Scoring::Kept(r.k, false));
+    std::vector<int64_t> chosen;
+    for (int64_t t = 0; t < offers.count; t++) {
+        blocks[t].list(chosen);
+        for (int64_t i = r.newest_block(b, first + t); i <= r.own_block(b, first + t); i++) chosen.push_back(i);
+        int64_t there = 0;  // keys gathered
+        for (size_t i = 0; i < chosen.size(); i++) {
+            if (i + AHEAD < chosen.size()) expect(r.keys, b, chosen[i + AHEAD] * r.block, r.block);
+            const int64_t stop = std::min((chosen[i] + 1) * r.block, r.seen(b, first + t));
+            for (int64_t s = chosen[i] * r.block, n; s < stop; s += n) {
+                n = std::min(CHUNK - there, stop - s);
+                offers.scoring.gather(r.keys, b, s, n, offers.scales, there);
+                std::iota(offers.places + there, offers.places + there + n, uint32_t(s));
+                if ((there += n) < CHUNK) continue;
+                offers.offer_gathered(best[t], t, there, r.floor);
+                there = 0;
+            }
+        }
+        if (there) offers.offer_gathered(best[t], t, there, r.floor);
+    }
     return best;
 }
 
@@ -348,31 +383,27 @@ template <class Scoring> void select_all(const Request& r, int threads) {
     for (int64_t b = 0; b < r.batch; b++) summaries[b].lay_out(r, b, threads);
     const int64_t most = r.summaries.data ? TWO_LEVEL_TILE : TILE, share = (r.batch * r.queries + threads - 1) / threads;
     const int64_t tile = std::max(SMALLEST_TILE, std::min(most, share / SMALLEST_TILE * SMALLEST_TILE));
-    const int64_t tiles = (r.queries + tile - 1) / tile;
-    auto select = [&](int64_t part, int64_t from, int64_t until) {
-        const int64_t b = part / tiles, first = part % tiles * tile;
-        return collect(r, summaries[b], b, first, std::min(r.queries, first + tile), from, until);
-    };
-    auto seen = [&](int64_t part) { return r.seen(part / tiles, std::min(r.queries, (part % tiles + 1) * tile) - 1); };
-    const int64_t parts = r.batch * tiles, cuts = r.summaries.data ? 1 : threads / std::max<int64_t>(parts, 1);
-    if (cuts < 2) {
-        return in_parts(threads, int(parts), [&](int part) {
-            auto best = select(part, 0, seen(part));
-            write(r, part / tiles, part % tiles * tile, best);
-        });
-    }
-    // A few queries alone: the keys are shared out
+    const int64_t tiles = (r.queries + tile - 1) / tile, parts = r.batch * tiles;
+    // A few queries alone: what they score first is shared out
+    const int64_t cuts = std::max<int64_t>(1, threads / std::max<int64_t>(parts, 1));
     std::vector<std::vector<typename Scoring::Kept>> found(parts * cuts);
     in_parts(threads, int(parts * cuts), [&](int i) {
-        const int64_t keys = seen(i / cuts), each = (keys / cuts + CHUNK) / CHUNK * CHUNK, from = std::min(keys, i % cuts * each);
-        found[i] = select(i / cuts, from, std::min(keys, from + each));
+        const int64_t b = i / cuts / tiles, first = i / cuts % tiles * tile, last = std::min(r.queries, first + tile);
+        const bool in_blocks = r.in_two_levels(b, last - 1);
+        const int64_t all = in_blocks ? r.newest_block(b, last - 1) : r.seen(b, last - 1);
+        const int64_t each = (all / cuts + CHUNK) / CHUNK * CHUNK, from = std::min(all, i % cuts * each);
+        const int64_t until = std::min(all, from + each);
+        found[i] = in_blocks ? best_blocks<Scoring>(r, summaries[b], b, first, last, from, until)
+                             : best_keys<Scoring>(r, b, first, last, from, until);
     });
-    for (int64_t part = 0; part < parts; part++) {
+    in_parts(threads, int(parts), [&](int part) {
+        const int64_t b = part / tiles, first = part % tiles * tile, last = std::min(r.queries, first + tile);
         auto& best = found[part * cuts];
         for (size_t t = 0; t < best.size(); t++)
             for (int64_t i = 1; i < cuts; i++) best[t].add(found[part * cuts + i][t]);
-        write(r, part / tiles, part % tiles * tile, best);
-    }
+        if (r.in_two_levels(b, last - 1)) best = best_keys_of<Scoring>(r, b, first, last, best);
+        write(r, b, first, best);
+    });
 }
 
 }  // namespace
