@@ -67,9 +67,12 @@ def foretold(cfg: ModelConfig, measured: dict[int, float], marked: tuple[int, in
 
 
 def crossing(first: dict[int, float], second: dict[int, float]) -> float:
-    """The length from which the second costs less, between lengths on straight lines of the logarithms; inf if none."""
+    """The length from which the second costs less, between lengths on straight lines of the logarithms; the shortest if
+    it always does, inf if it never does."""
     lengths = sorted(first.keys() & second.keys())
     gaps = [math.log(first[n] / second[n]) for n in lengths]
+    if min(gaps) >= 0:
+        return lengths[0]
     for (a, low), (b, high) in zip(
         zip(lengths, gaps, strict=True), list(zip(lengths, gaps, strict=True))[1:], strict=False
     ):
@@ -114,26 +117,28 @@ def main() -> None:
     measured: dict[str, dict[int, float]] = {}
     formula: dict[str, dict[int, float]] = {}
     cases = {}
+    models = {}
     for name, mode in (("dense", "dense"), ("two-level", "sparse")):
         trained, _ = load_model(resolve(args.model))
         level = (None, None) if trained.cfg.indexer.candidate_blocks else (32, 256)  # as it was trained
-        model = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]), *level)
-        model.set_indexer_mode(mode)
-        cfg = model.cfg.replace(**{"indexer.mode": mode})
-        found = {n: seconds_per_token(model, n, args.repeats) for n in LENGTHS[name]}
-        measured[name] = {n: median(all_) for n, all_ in found.items()}
-        constant, rate = foretold(cfg, measured[name], MARKED[name])
-        every = sorted({n for lengths in LENGTHS.values() for n in lengths})
-        formula[name] = {n: constant + growing_flops(cfg, n) / rate for n in every}
-        for n, spread in found.items():
+        models[name] = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]), *level)
+        models[name].set_indexer_mode(mode)
+    every = sorted({n for lengths in LENGTHS.values() for n in lengths})
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in models}
+    for n in every:  # both at a length before the next: a machine that drifts drifts for both
+        for name, model in models.items():
+            if n in LENGTHS[name]:
+                found[name][n] = seconds_per_token(model, n, args.repeats)
+                print(f"{name}, {n}: {1000 * median(found[name][n]):.3f} ms", file=sys.stderr)
+    for name, model in models.items():
+        measured[name] = {n: median(all_) for n, all_ in found[name].items()}
+        constant, rate = foretold(model.cfg, measured[name], MARKED[name])
+        formula[name] = {n: constant + growing_flops(model.cfg, n) / rate for n in every}
+        for n, spread in found[name].items():
             cases[f"{name}, token {n}"] = case(
                 1000 * measured[name][n], 1000 * formula[name][n], None, "ms", [1000 * s for s in spread],
                 peer_name="the formula", marked=n in MARKED[name],
             )  # fmt: skip
-            print(
-                f"{name}, {n}: {1000 * measured[name][n]:.3f} ms, formula {1000 * formula[name][n]:.3f}",
-                file=sys.stderr,
-            )
     where = {
         kind: crossing(*(lines["dense"], lines["two-level"]))
         for kind, lines in (("measured", measured), ("formula", formula))

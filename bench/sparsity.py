@@ -1,14 +1,10 @@
 """What sparse attention costs in bits per byte of held-out prose: the same weights with attention to everything, to
-what the indexers choose, to what indexers choose that never learnt (their weights drawn anew, ``--repeats`` times), and
-with ``--control`` a model that was trained on sparsely with such indexers.
-
-``fourfold train`` makes the control: a sparse phase from dense weights with ``optimizer.indexer_lr = 0``.
+what the indexers choose, and to what indexers choose that never learnt (their weights drawn anew, ``--repeats`` times).
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from _report import case, finish, median, parser
@@ -35,7 +31,6 @@ def forget(model: Model, seed: int) -> None:
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--model", default="nano")
-    flags.add_argument("--control", type=Path, help="trained on with indexers that learnt nothing")
     flags.add_argument("--samples", type=int, default=100, help="texts of each source (default: 100)")
     args = flags.parse_args()
     found = [text for source in TEXTS for text in texts(source, corpus.load(None), args.samples)]
@@ -47,9 +42,6 @@ def main() -> None:
     model = fourfold.load(args.model)
     dense = bits(model, "dense")
     arms = {"sparse": [bits(model, "sparse")]}
-    if args.control is not None:
-        control = fourfold.load(str(args.control))
-        arms["sparse, control"] = [bits(control, "sparse")]
     arms["sparse, indexers drawn anew"] = []
     for seed in range(args.repeats):
         forget(model.model, seed)
