@@ -41,7 +41,7 @@ train-nano: $(VENV)/.dev ## build the data and train the bundled model again fro
 	@$(BIN)/fourfold data build smoke
 	@$(BIN)/fourfold train recipes/nano.toml
 
-bench: $(VENV)/.dev ## run every benchmark but the longest (bench/loading.py, bench/soak.py) and bench/sparsity.py, which wants data; results under bench/results
+bench: $(VENV)/.dev ## run every benchmark but the longest (loading, soak) and sparsity, which wants data; results under bench/results
 	@for script in bench/[a-z]*.py; do \
 		case $$script in bench/study_*|bench/loading.py|bench/soak.py|bench/sparsity.py) continue ;; esac; \
 		echo "bench: $$script"; \

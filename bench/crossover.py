@@ -111,7 +111,7 @@ def plot(path: Path, measured: dict[str, dict[int, float]], formula: dict[str, d
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--model", default="nano")
+    flags.add_argument("--model", default="nano-long")
     flags.add_argument("--plot", type=Path, default=Path("docs/crossover.svg"))
     args = flags.parse_args()
     measured: dict[str, dict[int, float]] = {}

@@ -2,7 +2,7 @@
 work in two levels, how many of the keys that flat ones would choose from the same pages they find; for pages of each
 format, in memory or, but for what ``--memory`` leaves room for, in a file.
 
-The bundled model was trained on short contexts: what it would answer is another question (`fourfold eval needle`).
+What the model would answer is another question (`fourfold eval needle`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def resident() -> dict[str, float]:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--model", default="nano")
+    flags.add_argument("--model", default="nano-long")
     flags.add_argument("--length", type=int, default=65536)
     flags.add_argument("--quant", choices=("int8", "int4"), default="int8")
     flags.add_argument("--block-size", type=int)

@@ -41,8 +41,7 @@ def main() -> None:
 
     model = fourfold.load(args.model)
     dense = bits(model, "dense")
-    arms = {"sparse": [bits(model, "sparse")]}
-    arms["sparse, indexers drawn anew"] = []
+    arms = {"sparse": [bits(model, "sparse")], "sparse, indexers drawn anew": []}
     for seed in range(args.repeats):
         forget(model.model, seed)
         arms["sparse, indexers drawn anew"].append(bits(model, "sparse"))

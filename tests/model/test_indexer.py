@@ -410,6 +410,21 @@ def test_scores_below_the_floor_leave_the_place_to_newer_keys(two, kernels, monk
     assert torch.equal(found, wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_blocks_below_the_floor_are_still_told_apart(kernels, monkeypatch):
+    """The best block scores -1, all others -2; its one key that is wanted is above the floor."""
+    monkeypatch.setenv("FOURFOLD_KERNELS", kernels)
+    keys = torch.zeros(1, 64, 4)
+    keys[0, :, 0] = 2.0
+    keys[0, 12:16, 0] = 1.0
+    keys[0, 13, 1] = 5.0
+    q, block_q = torch.eye(4)[1].expand(1, 1, 1, 4), torch.eye(4)[0].expand(1, 1, 1, 4)
+    level = ops.block_summaries(keys, 4), block_q, torch.full((1, 1, 1), -1.0), 2
+    given = q, torch.ones(1, 1, 1), keys, torch.tensor([[0]]), torch.tensor([63]), 4
+    assert ops.select_positions(*given, *level, floor=1.0)[0, 0].tolist() == [13, 61, 62, 63]
+
+
 def test_an_indexer_of_two_levels_learns_its_summaries_too():
     ids = pack([tiny.text(40)])
     losses, taught = [], []

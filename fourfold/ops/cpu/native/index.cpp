@@ -220,7 +220,7 @@ struct Request {
     int64_t block, blocks;
     const int64_t* past;
     int64_t ratio;
-    float floor;  // a score below counts as it
+    float floor;  // a score of a key below counts as it
     const float *q, *weights, *block_q, *block_weights;
     int64_t batch, queries, heads, k;
     int64_t* out;
@@ -410,8 +410,8 @@ template <class Scoring> void select_all(const Request& r, int threads) {
 
 // keys: rows of `width` numbers in pages, in a format of rows.h; page_stride, summary_stride: in elements; summaries:
 // one such row for each `block` keys of a page, or null: every key is scored; past: int64 [batch], positions before
-// the first query; ratio: positions that a key stands for, which is seen from the last of them on; floor: a score below
-// counts as it; blocks: one more than a query may look into before its newest k keys; q: float [batch, queries, heads, width];
+// the first query; ratio: positions that a key stands for, which is seen from the last of them on; floor: a score of
+// a key below counts as it; blocks: one more than a query may look into before its newest k keys; q: float [batch, queries, heads, width];
 // weights: float [batch, queries, heads]; block_q, block_weights: the same for summaries, or null; vectors: whether a
 // matrix unit is left aside. out: int64 [batch, queries, k], ascending, -1 after the last.
 extern "C" void ff_select_positions(const void* keys, const void* summaries, int format, const int64_t* pages,
