@@ -57,7 +57,7 @@ study-mhc: $(VENV)/.dev ## stability of plain, hc and mhc by depth and learning 
 study-balance: $(VENV)/.dev ## evenness of experts by bias, auxiliary loss or nothing (goes on where it stopped)
 	@$(BIN)/python bench/study_balance.py
 
-study-engram: $(VENV)/.dev ## experts traded for Engram tables: bits and recall (half an hour; goes on where it stopped)
+study-engram: $(VENV)/.dev ## experts traded for Engram tables: bits and recall (an hour; goes on where it stopped)
 	@$(BIN)/python bench/study_engram.py --workers 2
 
 clean: ## remove the virtual environment

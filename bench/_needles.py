@@ -7,6 +7,7 @@ split holds apart is pairs, as in the library's MQAR: a needle of a test documen
 from __future__ import annotations
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from fourfold.data.recall import Query, Recall
 
 PACKAGE = "networkx==3.5"  # whose docstrings are read, always of this version
 KEYS, VALUES = np.arange(128, 192), np.arange(192, 256)
-TASKS = ("mq", "mv", "vt")
+MOST = {"mq": (6, 1), "mv": (2, 3), "vt": (2, 3)}  # keys or chains that are asked, needles of each
+TASKS = tuple(MOST)
+MARKS = {"mq": "?", "mv": "?", "vt": "!"}  # of a question
 Prose = dict[str, np.ndarray]
 
 
@@ -52,24 +55,26 @@ def held_apart() -> np.ndarray:
 APART = held_apart()
 
 
-def document(task: str, length: int, rng: np.random.Generator, split: str, text: np.ndarray) -> Recall:
+def document(
+    task: str, length: int, rng: np.random.Generator, split: str, text: np.ndarray, fewer: bool = False
+) -> Recall:
     """A document of ``length`` bytes, questions and answers included, whose needles ``[xy]`` lie at random places.
 
-    mq: 6 keys with a value each. mv: 2 keys with 3 values each, all to be said in order. vt: 2 chains of 3 variables,
-    ``[aV] [ba] [cb]``, told in order; all that hold V are to be said. Every key and every chain is asked.
-    split: that of the pairs.
+    mq: 6 keys with a value each. mv: 2 keys with 3 values each, all to be said in order. vt: 2 chains of 3 needles,
+    ``[ab] [bc] [cd]``, told in order; all that a leads to are to be said. Every key and every chain is asked.
+    split: that of the pairs; fewer: any number of needles up to these that fits.
     """
     keys, values = rng.permutation(KEYS).tolist(), rng.permutation(VALUES).tolist()
     fits = APART == (split == "test")
-    if task == "mq":
-        held = [[(key, value) for value in _taken(values, 1, fits[key])] for key in keys[:6]]
-        queries = [_query("?", key, [value]) for ((key, value),) in held]
-    elif task == "mv":
-        held = [[(key, value) for value in _taken(values, 3, fits[key])] for key in keys[:2]]
-        queries = [_query("?", pairs[0][0], [value for _, value in pairs]) for pairs in held]
+    count, each = MOST[task]
+    if fewer:
+        ways = [(c, e) for c in range(1, count + 1) for e in range(1, each + 1) if c * (2 + 5 * e) <= length]
+        count, each = ways[int(rng.integers(len(ways)))]
+    if task == "vt":
+        held = [[*pairwise(_chain(keys, each + 1, fits))] for _ in range(count)]
     else:
-        held = [_chain(keys, value, 3, fits) for value in values[:2]]
-        queries = [_query("!", pairs[0][1], [name for name, _ in pairs]) for pairs in held]
+        held = [[(key, value) for value in _taken(values, each, fits[key])] for key in keys[:count]]
+    queries = [_query(MARKS[task], pairs[0][0], [second for _, second in pairs]) for pairs in held]
     turns = rng.permutation([number for number, pairs in enumerate(held) for _ in pairs]).tolist()
     rest = [iter(pairs) for pairs in held]
     needles = [next(rest[turn]) for turn in turns]  # all of them, those that belong together in their order
@@ -81,6 +86,15 @@ def document(task: str, length: int, rng: np.random.Generator, split: str, text:
     for (first, second), begin, end in zip(needles, cuts, cuts[1:], strict=False):
         parts += [*hay[begin:end].tolist(), ord("["), first, second, ord("]")]
     return Recall(task, np.array([*parts, *hay[cuts[-1] :].tolist()]), queries)
+
+
+def copy(length: int, rng: np.random.Generator) -> Recall:
+    """Names in no order and the same names again, all but the first to be said: the densest lesson in looking back.
+
+    None is said behind a name with which it is a needle of the test split.
+    """
+    chain = _chain(rng.permutation([*KEYS, *VALUES]).tolist(), length // 2, ~APART)
+    return Recall("copy", np.array(chain), [Query([chain[0]], chain[1:], ())])
 
 
 def _query(mark: str, name: int, answer: list[int]) -> Query:
@@ -95,11 +109,9 @@ def _taken(names: list[int], count: int, fit: np.ndarray) -> list[int]:
     return found
 
 
-def _chain(names: list[int], held: int, count: int, fits: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs (variable, what it is set to), the first to the value ``held``, each other to the variable before it."""
-    pairs = []
-    for _ in range(count):
-        (name,) = _taken(names, 1, fits[:, held])
-        pairs.append((name, held))
-        held = name
-    return pairs
+def _chain(names: list[int], count: int, fits: np.ndarray) -> list[int]:
+    """Names of which each fits behind the one before, which leave the list. fits: bool [256, 256]."""
+    chain = [names.pop()]
+    while len(chain) < count:
+        chain += _taken(names, 1, fits[chain[-1]])
+    return chain

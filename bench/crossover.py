@@ -2,8 +2,8 @@
 attention, both measured over a cache of that length, both as the formulas of ``fourfold.counts`` say, and the length
 from which the second costs less.
 
-A formula gives FLOPs, not seconds: of each arm a constant and a rate are taken from the lengths that are marked, and
-the other lengths are what it must foretell. What lies in the cache is random.
+A formula gives FLOPs, not seconds: a constant and a rate of each arm are those that fit all its lengths best. What is
+told is how far each length is from that line, and how far apart the crossings are. What lies in the cache is random.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from _report import case, finish, median, parser
 from long import CHUNK, extended
@@ -26,8 +27,8 @@ from fourfold.model.transformer import Model
 from fourfold.quant.model import quantize_model
 from fourfold.weights.checkpoint import load_model, resolve
 
-LENGTHS = {"dense": [2**n for n in range(9, 18)], "two-level": [2**n for n in range(9, 21)]}
-MARKED = {"dense": (2**12, 2**16), "two-level": (2**14, 2**20)}  # where constant and rate are taken
+NEAR = [512 * n for n in (1, 2, 3, 4, 6)]  # where the two cost much the same
+LENGTHS = {"dense": NEAR + [2**n for n in range(12, 18)], "two-level": NEAR + [2**n for n in range(12, 21)]}
 
 
 def seconds_per_token(model: Model, length: int, repeats: int) -> list[float]:
@@ -59,11 +60,11 @@ def growing_flops(cfg: ModelConfig, length: int) -> float:
     return (whole - before) / CHUNK
 
 
-def foretold(cfg: ModelConfig, measured: dict[int, float], marked: tuple[int, int]) -> tuple[float, float]:
-    """Seconds that do not grow, and FLOPs per second of those that do."""
-    (short, few), (long, many) = ((n, growing_flops(cfg, n)) for n in marked)
-    rate = (many - few) / (measured[long] - measured[short])
-    return measured[short] - few / rate, rate
+def fitted(cfg: ModelConfig, measured: dict[int, float]) -> tuple[float, float]:
+    """Seconds that do not grow, and seconds per FLOP of those that do, by least squares of the relative errors."""
+    rows = np.array([(1 / seconds, growing_flops(cfg, n) / seconds) for n, seconds in measured.items()])
+    constant, per_flop = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
+    return float(constant), float(per_flop)
 
 
 def crossing(first: dict[int, float], second: dict[int, float]) -> float:
@@ -120,8 +121,9 @@ def main() -> None:
     models = {}
     for name, mode in (("dense", "dense"), ("two-level", "sparse")):
         trained, _ = load_model(resolve(args.model))
-        level = (None, None) if trained.cfg.indexer.candidate_blocks else (32, 256)  # as it was trained
-        models[name] = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]), *level)
+        if not trained.cfg.indexer.candidate_blocks:
+            flags.error(f"--model: {args.model} has no indexers of two levels (indexer.candidate_blocks is 0)")
+        models[name] = extended(quantize_model(trained.eval(), "int8"), max(LENGTHS[name]))
         models[name].set_indexer_mode(mode)
     every = sorted({n for lengths in LENGTHS.values() for n in lengths})
     found: dict[str, dict[int, list[float]]] = {name: {} for name in models}
@@ -132,12 +134,12 @@ def main() -> None:
                 print(f"{name}, {n}: {1000 * median(found[name][n]):.3f} ms", file=sys.stderr)
     for name, model in models.items():
         measured[name] = {n: median(all_) for n, all_ in found[name].items()}
-        constant, rate = foretold(model.cfg, measured[name], MARKED[name])
-        formula[name] = {n: constant + growing_flops(model.cfg, n) / rate for n in every}
+        constant, per_flop = fitted(model.cfg, measured[name])
+        formula[name] = {n: constant + growing_flops(model.cfg, n) * per_flop for n in every}
         for n, spread in found[name].items():
             cases[f"{name}, token {n}"] = case(
                 1000 * measured[name][n], 1000 * formula[name][n], None, "ms", [1000 * s for s in spread],
-                peer_name="the formula", marked=n in MARKED[name],
+                peer_name="the formula",
             )  # fmt: skip
     where = {
         kind: crossing(*(lines["dense"], lines["two-level"]))

@@ -30,25 +30,9 @@ from fourfold.weights.checkpoint import load_model, resolve
 CHUNK, FIRST, DECODED = 512, 4096, 24
 
 
-def extended(model: Model, length: int, block_size: int | None, candidate_blocks: int | None) -> Model:
-    """The same weights, read further than they were trained for; None: as the model has it.
-
-    One that never learnt to ask for blocks asks for them as it does for keys.
-    """
-    index = model.cfg.indexer
-    cfg = model.cfg.replace(
-        **{
-            "max_position_embeddings": length + 2 * CHUNK,
-            "indexer.block_size": index.block_size if block_size is None else block_size,
-            "indexer.candidate_blocks": index.candidate_blocks if candidate_blocks is None else candidate_blocks,
-        }
-    )
-    model.cfg = cfg
-    for layer in model.layers:
-        if (indexer := layer.self_attn.indexer) is not None:
-            if not index.candidate_blocks:
-                indexer.block_wq_b, indexer.block_weights_proj = indexer.wq_b, indexer.weights_proj
-            indexer.cfg = cfg.indexer
+def extended(model: Model, length: int) -> Model:
+    """The same weights, for positions up to ``length`` and the chunks read behind it."""
+    model.cfg = model.cfg.replace(max_position_embeddings=length + 2 * CHUNK)
     return model
 
 
@@ -63,8 +47,6 @@ def main() -> None:
     flags.add_argument("--model", default="nano-long")
     flags.add_argument("--length", type=int, default=65536)
     flags.add_argument("--quant", choices=("int8", "int4"), default="int8")
-    flags.add_argument("--block-size", type=int)
-    flags.add_argument("--candidate-blocks", type=int, help="0: flat; default of both: the model's")
     flags.add_argument("--cache-format", choices=tuple(ops.ROW_FORMATS), default="bf16")
     flags.add_argument("--context-pages", type=Path, metavar="DIR", help="pages in a temporary file here")
     flags.add_argument("--memory", type=parse_size, metavar="SIZE", help="for weights and cache, with --context-pages")
@@ -72,7 +54,7 @@ def main() -> None:
     if (args.memory is None) != (args.context_pages is None):
         flags.error("--memory and --context-pages go together")
     trained, tokenizer = load_model(resolve(args.model))
-    model = extended(quantize_model(trained.eval(), args.quant), args.length, args.block_size, args.candidate_blocks)
+    model = extended(quantize_model(trained.eval(), args.quant), args.length)
     ids = document("niah_multiquery", tokenizer, args.length, 0).context.tolist()
     pages, dtype, file = (args.length + 2 * CHUNK) // 64, ops.ROW_FORMATS[args.cache_format], None
     if args.context_pages is not None:

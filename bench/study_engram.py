@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _needles import PACKAGE, TASKS, Prose, document, prose
+from _needles import PACKAGE, TASKS, Prose, copy, document, prose
 from _study import Cell, chosen, grid, groups, interval, parser, read, run, shown, threads
 from torch import Tensor, nn
 
@@ -47,8 +47,10 @@ ARMS: dict[str, tuple[str, float]] = {
     "bigram 25": ("bigram", 0.25),
 }
 WINDOW, LENGTH, BEYOND = 128, 64, (1, 2, 4)  # bytes of prose, bytes of a lesson and what is asked as multiples of it
-PROSE, QUESTIONS = 4, 24  # windows and lessons of a step
-LESSONS = ("mq", "mq", "mv", "vt")  # drawn alike
+PROSE = 4  # windows of a step
+# Bytes of a lesson: how many of a step. Copies, short ones, teach to look back; in lessons of 32 few needles compete.
+COPIES, LESSONS = {12: 16, 16: 20}, {32: 16, LENGTH: 8}
+SKIPPING = 0.75  # share of the steps after which positions have gaps, which reach as far as what is asked
 LOOKS, HELD_OUT = 20, 128  # looks at the held-out prose during training, and its rows
 EXPERTS, CHOSEN, MOE_LAYERS = 22, 2, 2
 BASE: dict[str, Any] = {
@@ -128,14 +130,18 @@ def texts(folder: Path | None) -> Prose:
     return prose(folder)
 
 
-def batch(text: Prose, seed: int, step: int) -> Packed:
-    """The documents of a step, the same for all arms: windows of prose, then lessons, at positions with gaps."""
+def batch(text: Prose, seed: int, step: int, skipping: bool) -> Packed:
+    """The documents of a step, the same for all arms: windows of prose, copies, lessons; positions with gaps or not."""
     rng = np.random.default_rng([seed, step])
     rows = windows(text["train"], PROSE, rng)
-    for _ in range(QUESTIONS):
-        task = LESSONS[int(rng.integers(len(LESSONS)))]
-        rows.append(lesson(document(task, LENGTH, rng, "train", text["train"])))
-    return skip_positions(pack(rows), LENGTH * max(BEYOND), seed, step)
+    for length, count in COPIES.items():
+        rows += [lesson(copy(length, rng)) for _ in range(count)]
+    for length, count in LESSONS.items():
+        for _ in range(count):
+            task = TASKS[int(rng.integers(len(TASKS)))]
+            rows.append(lesson(document(task, length, rng, "train", text["train"], fewer=length < LENGTH)))
+    packed = pack(rows)
+    return skip_positions(packed, LENGTH * max(BEYOND), seed, step) if skipping else packed
 
 
 def windows(text: np.ndarray, count: int, rng: np.random.Generator) -> list[Document]:
@@ -187,7 +193,7 @@ def work(cell: Cell, documents: int, folder: Path | None, targets: dict[int, flo
     began, asking = time.process_time(), 0.0
     for step in range(steps):
         set_lr(optimizers, min(1.0, (step + 1) / warmup) * max(0.05, min(1.0, (steps - step) / decay)))
-        packed = batch(text, seed, step)
+        packed = batch(text, seed, step, step >= SKIPPING * steps)
         output = model(packed, logits="target")
         losses = F.cross_entropy(output.logits, packed.targets[packed.targets >= 0], reduction="none")
         first = PROSE * (WINDOW - 1)  # targets; prose and answers count alike, however few the answers are
@@ -221,7 +227,7 @@ def work(cell: Cell, documents: int, folder: Path | None, targets: dict[int, flo
         "equal_loss": equal,
         "documents": documents,
         "text": folder.name if folder else PACKAGE,
-        "bytes": steps * (PROSE * WINDOW + QUESTIONS * LENGTH),
+        "bytes": steps * (PROSE * WINDOW + sum(n * count for n, count in (COPIES | LESSONS).items())),
         "skipped": skipped,
         "parameters": counted(cell["arm"], model.cfg) | {"experts": model.cfg.moe.n_routed_experts},
         "seconds": seconds + asking,
@@ -318,8 +324,8 @@ def draw(cells: list[Cell], path: Path) -> None:
 
 
 def main() -> None:
-    flags = parser(__doc__, "study_engram", steps=1000, plot="docs/study_engram.svg")
-    flags.add_argument("--lr", type=float, default=1e-2, help="peak of every arm (default: 0.01)")
+    flags = parser(__doc__, "study_engram", steps=1200, plot="docs/study_engram.svg")
+    flags.add_argument("--lr", type=float, default=3e-3, help="peak of every arm (default: 0.003)")
     flags.add_argument("--documents", type=int, default=64, help="asked of each task and length (default: 64)")
     flags.add_argument("--text", type=Path, metavar="FOLDER", help=f"read docstrings from here, not from {PACKAGE}")
     flags.add_argument("--workers", type=int, default=1, help="cells at once, each on one thread (default: 1)")

@@ -79,17 +79,37 @@ def test_needles_of_the_test_split_never_stand_in_a_lesson(study: Any, task: str
     assert not pairs["train"] & pairs["test"]
 
 
+@pytest.mark.parametrize("task", ["mq", "mv", "vt"])
+def test_short_lessons_have_any_number_of_needles_that_fits(study: Any, task: str) -> None:
+    rng, text, found = np.random.default_rng(3), np.frombuffer(b"prose " * 20, np.uint8), set()
+    for _ in range(100):
+        made = study.document(task, 32, rng, "train", text, fewer=True)
+        needles = made.context.tolist().count(ord("["))
+        assert len(made.context) + sum(len(q.tokens) + len(q.answer) for q in made.queries) == 32
+        assert sum(len(q.answer) for q in made.queries) == needles
+        found.add(needles)
+    assert found == {1, 2, 3, 4}
+
+
+def test_copies_hold_no_needle_of_the_test_split(study: Any) -> None:
+    rng, apart = np.random.default_rng(3), importlib.import_module("_needles").APART
+    for _ in range(200):
+        made = study.copy(16, rng)
+        names = made.context.tolist()
+        assert len(set(names)) == 8
+        assert made.queries[0].tokens + made.queries[0].answer == names
+        assert not apart[names[:-1], names[1:]].any()
+
+
 def expected(task: str, asked: int, needles: list[tuple[int, int]]) -> list[int]:
     """The answer by reading the needles."""
     if task != "vt":
         return [value for key, value in needles if key == asked]
-    holds = {asked}
-    chain = []
-    for name, held in needles:
-        if held in holds:
-            holds.add(name)
-            chain.append(name)
-    return chain
+    chain = [asked]
+    for first, second in needles:
+        if first == chain[-1]:
+            chain.append(second)
+    return chain[1:]
 
 
 def test_a_tiny_study_is_kept_reported_and_not_done_twice(tmp_path: Path) -> None:

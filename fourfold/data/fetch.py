@@ -45,7 +45,11 @@ def fetch(kind: str, package: str, cache: Path) -> Path:
         if len(archives) != 1:
             raise FetchError(f"{kind} {package}: the client left {len(archives)} files, expected one")
         _unpack(archives[0], files)
-        files.rename(place)
+        try:
+            files.rename(place)
+        except OSError:
+            if not place.is_dir():  # else another process was first
+                raise
     return place
 
 

@@ -151,6 +151,18 @@ def test_fetch_unpacks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         find(folder, "bye")
 
 
+def test_two_that_fetch_at_once_get_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overtaken(package: str, download: Path, cache: Path) -> None:
+        fake_npm(package, download, cache)
+        monkeypatch.setattr(fetching, "_npm", fake_npm)
+        fetch("npm", package, cache)
+
+    monkeypatch.setattr(fetching, "_npm", overtaken)
+    folder = fetch("npm", "thing", tmp_path)
+    assert (folder / "package/hello.txt").read_text() == "hi"
+    assert list((tmp_path / "npm").iterdir()) == [folder]
+
+
 def test_failed_fetch_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(package: str, download: Path, cache: Path) -> None:
         (download / "p.tgz").write_bytes(b"not a tar file")
