@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -183,6 +184,7 @@ def run(cells: list[Cell], path: Path, limit: int | None, work: Callable[[Cell],
     done = read(path)
     missing = [cell for cell in cells if not any(cell.items() <= d.items() for d in done)]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done ({path})")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else workers would go on alone
     try:
         for number, (cell, result) in enumerate(_results(missing[:limit], work, workers), 1):
             result = cell | result | {"machine": machine(), "commit": commit()}
