@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from fourfold.data.stream import SourceSpec
 from fourfold.fields import ConfigError
 from fourfold.train.loop import train
 from fourfold.train.recipe import SCHEDULES, Optimizer, Parallel, Phase, Recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def made(**values) -> Recipe:
@@ -173,3 +178,11 @@ def test_learning_rate_at_its_limits(warmup, share):
     scales = [cfg.lr_scale(step, 8) for step in range(8)]
     assert scales[0] == 1.0 and scales == sorted(scales, reverse=True) and scales[-1] >= 0.25
     assert (scales[-1] == 1.0) == (share == 0.0)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_that_are_shipped_are_valid(path: Path) -> None:
+    overrides = [] if "init" not in tomllib.loads(path.read_text()) else ["init=nano-long"]
+    got = Recipe.load(path, overrides)
+    assert got.config().num_hidden_layers > 0
+    assert got.phases[-1].indexer != "warmup"  # a checkpoint attends as its last step did
