@@ -314,13 +314,14 @@ def _words(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
 def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
     """Nothing but needles, all asked, within the length: much to look up in few tokens, to learn.
 
-    Copying is learnt: from numbers of few digits also what comes next where the last ones stand twice, and from short
-    ones where to look. A rehearsal asks as the other tasks do, a drill in the words of the needle.
+    A rehearsal asks as the other tasks do; copying is learnt, from numbers of few digits also what comes next where the
+    last ones stand twice. A drill asks in the words of the needle, for a short number: one target of three says where
+    to look.
     """
     parts: list[list[int]] = []
     queries: list[Query] = []
     room = length - SPARE
-    spec = Needles("lines", value=pick(rng, ["short", "number", "alike"]))
+    spec = Needles("lines", value="short" if task == "drill" else pick(rng, ["short", "number", "alike"]))
     taken: set[str] = set()
     for key, value in _others(rng, spec, split, taken):
         taken.add(key)
