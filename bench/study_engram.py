@@ -345,6 +345,8 @@ def main() -> None:
     done = run(first, args.out, limit, functools.partial(do, targets={}), args.workers)
     if limit is not None:
         limit = max(0, limit - (len(read(args.out)) - before))
+    if len(done) < len(first):  # stopped: no other arm begins without what it is to be equal to
+        limit = 0
     targets = {cell["seed"]: cell["loss"] for cell in done}
     rest = [cell for cell in wanted if cell["arm"] != "moe"]
     if rest:

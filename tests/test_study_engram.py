@@ -139,3 +139,19 @@ def test_a_tiny_study_is_kept_reported_and_not_done_twice(tmp_path: Path) -> Non
     for line in ("| engram 25 | 1 |", "| bigram 25 | 17 |", "Equal loss"):
         assert line in first
         assert line in again
+
+
+def test_a_study_that_is_stopped_begins_no_other_arm(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def stop(cell: dict[str, Any], **how: Any) -> dict[str, Any]:
+        begun.append(cell["arm"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "work", stop)
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    monkeypatch.setattr(sys, "argv", ["study", "--text", str(tmp_path), "--out", str(tmp_path / "cells.jsonl")])
+    study.main()
+    assert begun == ["moe"]
