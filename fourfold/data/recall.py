@@ -340,6 +340,27 @@ def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
     return Recall(task, _join(parts), [queries[i] for i in order], tuple(places[i] for i in order))
 
 
+def _copy(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
+    """Needles without the words around them, and twice more in other orders, all but their first tokens to be said.
+
+    The densest lesson in looking back: it teaches where to look, which drills alone do not.
+    """
+    parts: list[list[int]] = []
+    room = length - SPARE
+    taken: set[str] = set()
+    for key, value in _others(rng, Needles("lines", value="short"), split, taken):
+        taken.add(key)
+        line = tokenizer.encode(f" {key}={value}.")
+        room -= 3 * len(line)
+        if room < 0:
+            break
+        parts.append(line)
+    if not parts:
+        raise RecallError(f"length: {length} tokens cannot hold {task}; {length - room} are needed")
+    order = [i for _ in range(2) for i in rng.permutation(len(parts))]
+    return Recall(task, _join(parts), [Query(parts[i][:1], parts[i][1:], ()) for i in order])
+
+
 def _pairs(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
     """Token pairs, key and value, in noise; pairs, not single tokens, are what the split holds apart."""
     ids = [id for id in range(tokenizer.vocab_size) if tokenizer.has(id) and not tokenizer.is_special(id)]
@@ -375,5 +396,6 @@ TASKS: dict[str, Maker] = {
     "mqar": _pairs,
     "drill": _drill,
     "rehearsal": _drill,
+    "copy": _copy,
 }
-RULER = tuple(task for task in TASKS if task not in ("mqar", "drill", "rehearsal"))
+RULER = tuple(task for task in TASKS if task not in ("mqar", "drill", "rehearsal", "copy"))

@@ -17,7 +17,7 @@ def test_a_document_fits_its_length_and_depends_on_its_seed_alone(task):
     assert np.array_equal(made.context, again.context) and made.queries == again.queries
     assert not np.array_equal(made.context, other.context)
     sizes = [len(q.tokens) + len(q.answer) for q in made.queries]
-    asked = sum(sizes) if task in ("drill", "rehearsal") else max(sizes)  # these ask all in a row
+    asked = sum(sizes) if task in ("drill", "rehearsal", "copy") else max(sizes)  # these ask all in a row
     assert 2048 * 0.94 < 1 + len(made.context) + asked <= 2048
 
 
@@ -89,6 +89,20 @@ def test_a_drill_asks_every_needle_and_holds_nothing_else(task):
     assert learnt == [t for q in made.queries for t in [*(q.tokens if with_questions else []), *q.answer]]
 
 
+def test_a_copy_says_every_needle_twice_more_and_learns_all_but_its_first_token():
+    made = document("copy", TOKENIZER, 900, 0, "train")
+    needles = TOKENIZER.decode(made.context.tolist()).removesuffix(".").split(".")
+    assert len(needles) == len(set(needles)) > 5
+    again = [TOKENIZER.decode([*q.tokens, *q.answer]).removesuffix(".") for q in made.queries]
+    half = len(needles)
+    assert sorted(again[:half]) == sorted(again[half:]) == sorted(needles)
+    assert again[:half] != needles and again[half:] != again[:half]
+    whole = lesson(made)
+    learnt = whole.targets[whole.targets != IGNORE].tolist()
+    assert learnt == [t for q in made.queries for t in q.answer] and all(len(q.tokens) == 1 for q in made.queries)
+    assert all(split_of(f"key {needle.split('=')[0].strip()}") == "train" for needle in needles)
+
+
 @pytest.mark.parametrize(
     ("task", "expected"), [("drill", {(2, True)}), ("rehearsal", {(2, True), (7, False), (7, True)})]
 )
@@ -103,6 +117,7 @@ def test_bad_input_is_refused():
         (("poem", TOKENIZER, 100, 0), "task"),
         (("vt", TOKENIZER, 20, 0), "length"),
         (("cwe", TOKENIZER, 20, 0), "length"),
+        (("copy", TOKENIZER, 20, 0), "length"),
         (("vt", TOKENIZER, 2000, 0, "all"), "split"),
         (("vt", TOKENIZER, 2000, 0, "test", 2.0), "depth"),
     ):
