@@ -6,7 +6,6 @@ HOST     ?= 127.0.0.1
 PORT     ?= 8000
 MODEL    ?= nano
 COVERAGE ?= 90
-TESTERS  ?= 2
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -28,7 +27,7 @@ serve: $(VENV)/.base ## API and playground on HOST:PORT (127.0.0.1:8000) with MO
 test: $(VENV)/.dev ## ruff, the floors contract, the tests; floors 0-3 must be covered to COVERAGE percent
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	@$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
