@@ -316,19 +316,24 @@ def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
 
     A rehearsal asks as the other tasks do; copying is learnt, from numbers of few digits also what comes next where the
     last ones stand twice. A drill asks in the words of the needle, for a short number: one target of three says where
-    to look.
+    to look. A copy leaves those words out and says every needle twice more, all but its first token to be learnt: the
+    densest lesson in where to look, without which drills do not teach it.
     """
     parts: list[list[int]] = []
     queries: list[Query] = []
     room = length - SPARE
-    spec = Needles("lines", value="short" if task == "drill" else pick(rng, ["short", "number", "alike"]))
+    spec = Needles("lines", value=pick(rng, ["short", "number", "alike"]) if task == "rehearsal" else "short")
+    times = 2 if task == "copy" else 1
     taken: set[str] = set()
     for key, value in _others(rng, spec, split, taken):
         taken.add(key)
         line, query = tokenizer.encode(_line(key, value)), _query(tokenizer, _question(key), [value])
         if task == "drill":
             query = Query(tokenizer.encode(_beginning(key)), tokenizer.encode(f"{value}."), (value,))
-        room -= len(line) + len(query.tokens) + len(query.answer)
+        elif task == "copy":
+            line = tokenizer.encode(f" {key}={value}.")
+            query = Query(line[:1], line[1:], (value,))
+        room -= len(line) + times * (len(query.tokens) + len(query.answer))
         if room < 0:
             break
         parts.append(line)
@@ -336,29 +341,8 @@ def _drill(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, d
     if not queries:
         raise RecallError(f"length: {length} tokens cannot hold {task}; {length - room} are needed")
     places = np.cumsum([0, *map(len, parts[:-1])]).tolist()
-    order = rng.permutation(len(queries)).tolist()
+    order = [i for _ in range(times) for i in rng.permutation(len(queries)).tolist()]
     return Recall(task, _join(parts), [queries[i] for i in order], tuple(places[i] for i in order))
-
-
-def _copy(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
-    """Needles without the words around them, and twice more in other orders, all but their first tokens to be said.
-
-    The densest lesson in looking back: it teaches where to look, which drills alone do not.
-    """
-    parts: list[list[int]] = []
-    room = length - SPARE
-    taken: set[str] = set()
-    for key, value in _others(rng, Needles("lines", value="short"), split, taken):
-        taken.add(key)
-        line = tokenizer.encode(f" {key}={value}.")
-        room -= 3 * len(line)
-        if room < 0:
-            break
-        parts.append(line)
-    if not parts:
-        raise RecallError(f"length: {length} tokens cannot hold {task}; {length - room} are needed")
-    order = [i for _ in range(2) for i in rng.permutation(len(parts))]
-    return Recall(task, _join(parts), [Query(parts[i][:1], parts[i][1:], ()) for i in order])
 
 
 def _pairs(task: str, tokenizer: Tokenizer, length: int, rng: Rng, split: str, depth: float | None) -> Recall:
@@ -396,6 +380,6 @@ TASKS: dict[str, Maker] = {
     "mqar": _pairs,
     "drill": _drill,
     "rehearsal": _drill,
-    "copy": _copy,
+    "copy": _drill,
 }
-RULER = tuple(task for task in TASKS if task not in ("mqar", "drill", "rehearsal", "copy"))
+RULER = tuple(task for task, make in TASKS.items() if make not in (_pairs, _drill))

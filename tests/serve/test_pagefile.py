@@ -63,13 +63,16 @@ def test_eviction_changes_no_bit(shape, dtype, tmp_path):
         assert torch.equal(one, want)
 
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looked up as Linux tells it")
+
+
 def mapped() -> int:
     """Bytes of files in this process's memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssFile", "RssShmem")))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is looked up as Linux tells it")
+@needs_proc
 def test_no_more_stays_in_memory_than_was_given(tmp_path):
     cfg = tiny.config(**{"attention.kv_lora_rank": 1020, "num_hidden_layers": 2})
     kept, pages, memory = layout(cfg), 400, 2**24
@@ -104,6 +107,7 @@ def test_the_least_recently_used_goes(tmp_path):
     assert file.resident == 8 * cost
 
 
+@needs_proc
 def test_the_file_has_no_name_and_goes(tmp_path):
     pool, file = pools(tiny.config(), tmp_path, 100, 16, 2**20, torch.float32)
     assert list(tmp_path.iterdir()) == []
