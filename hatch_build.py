@@ -22,6 +22,7 @@ class KernelBuildHook(BuildHookInterface):
         if problem := native_build.build():
             self.app.display_warning(f"CPU kernels are not compiled, slower ones will run: {problem}")
         elif version != "editable":
-            build_data["artifacts"].append(f"/{NATIVE}/{native_build.LIBRARY.name}")
+            made = map(native_build.library, native_build.LEVELS)
+            build_data["artifacts"] += [f"/{NATIVE}/{path.name}" for path in made]
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

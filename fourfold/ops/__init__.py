@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fourfold.ops import reference
-from fourfold.ops.reference.norm import at_least_float32, compute_dtype, float32_island
+from fourfold.ops.reference.norm import at_least_float32, compute_dtype, float32_island, multiplies_bfloat16
 
 TWINS: dict[str, tuple[str, ...]] = {
     "cpu": (
@@ -199,6 +199,7 @@ __all__ = [
     "latent_attention",
     "linear",
     "mix_streams",
+    "multiplies_bfloat16",
     "ngram_rows",
     "pack_nibbles",
     "pack_weight",

@@ -65,7 +65,7 @@ def run_recipe(recipe: Recipe, parallel: Parallel) -> Path:
     seed_generators(recipe.seed)
     model = build_model(recipe, tokenizer).to(parallel.device)
     parameters = sum(p.numel() for p in model.parameters())
-    parallelize(model, parallel, bf16=recipe.bf16, recompute=recipe.recompute)
+    parallelize(model, parallel, bf16=recipe.in_bf16(parallel.device), recompute=recipe.recompute)
     guard, parts = SkipStep(recipe.optimizer.skip_sigma), recipe.optimizer.accumulate
     now = TrainState(model, build_optimizers(model, recipe.optimizer))
 
@@ -84,7 +84,7 @@ def run_recipe(recipe: Recipe, parallel: Parallel) -> Path:
     if now.step:
         batches.restore(now.data["stream"])
     console.print(f"{parameters:,} parameters, {recipe.steps} steps of {recipe.row * recipe.rows * parts} positions")
-    peak = recipe.peak_flops or metrics.measured_peak(parallel.device, recipe.bf16)
+    peak = recipe.peak_flops or metrics.measured_peak(parallel.device, recipe.in_bf16(parallel.device))
     console.print(f"MFU against {peak:.3g} FLOP/s a process ({'assumed' if recipe.peak_flops else 'measured'})")
     speed = metrics.Throughput(peak)
 

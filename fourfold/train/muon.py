@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from fourfold import ops
+
 FAST = (3.4445, -4.7750, 2.0315)  # drives all singular values near one, roughly
 EXACT = (2.0, -1.5, 0.5)  # converges to one
 SCHEDULE = (FAST,) * 8 + (EXACT,) * 2
@@ -17,14 +19,20 @@ UPDATE_RMS = 0.18  # so that learning rates and decay carry over from AdamW
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, by Newton-Schulz in bfloat16. g: [..., rows, cols]."""
-    x = g.bfloat16()
+    """The nearest semi-orthogonal matrices, by Newton-Schulz in bfloat16. g: [..., rows, cols].
+
+    In float32 where the processor has no products of bfloat16.
+    """
+    x = g.bfloat16() if ops.multiplies_bfloat16(g.device) else g.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
+    flat = x.reshape(-1, *x.shape[-2:])
     for a, b, c in SCHEDULE:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = flat @ flat.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        flat = torch.baddbmm(flat, polynomial, flat, beta=a)
+    x = flat.reshape(x.shape)
     return (x.mT if tall else x).to(g.dtype)
 
 

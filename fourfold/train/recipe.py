@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fourfold import ops
 from fourfold.config import ModelConfig
 from fourfold.data.stream import SourceSpec
 from fourfold.fields import ConfigError, choose, from_dict, parse_override, require
@@ -146,7 +149,7 @@ class Recipe:
     seed: int = 0
     row: int = 512
     rows: int = 8
-    bf16: bool = True
+    bf16: bool | None = None  # autocast; None: where the processor has products of bfloat16
     recompute: bool = False
     balance_weight: float = 0.0  # of the sequence-wise balance loss
     log_every: int = 10
@@ -182,6 +185,9 @@ class Recipe:
             f"is {span}; must be at most model.max_position_embeddings ({cfg.max_position_embeddings})",
         )
         require(not cfg.attention.is_compressed, "phases.span", "must be 0 where positions are pooled in their groups")
+
+    def in_bf16(self, device: torch.device) -> bool:
+        return ops.multiplies_bfloat16(device) if self.bf16 is None else self.bf16
 
     @property
     def steps(self) -> int:

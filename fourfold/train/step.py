@@ -47,7 +47,8 @@ def train_step(
     modalities, loads = torch.zeros(()), {}
     with metrics.router_entropy(model, values) if probe is not None else nullcontext():
         for number, part in enumerate(parts):
-            with torch.autocast(part.tokens.device.type, dtype=torch.bfloat16, enabled=recipe.bf16):
+            device = part.tokens.device
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.in_bf16(device)):
                 output = model(
                     part,
                     probe=probe if number == 0 else None,

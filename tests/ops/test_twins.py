@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -331,6 +332,15 @@ def test_twin_equals_reference(device, name, size, dtype, layout):
         assert [g.dtype for g in got[: len(shapes)]] == [s.dtype for s in shapes]
         for number, (g, w) in enumerate(zip(got, wanted, strict=True)):
             assert_near(g, w, TOLERANCE[dtype], f"seed {seed}, output or gradient {number}")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["attention", "experts", "linear"])
+def test_bfloat16_on_a_processor_without_products_of_it(name, size, monkeypatch):
+    monkeypatch.setenv("FOURFOLD_MATRIX", "off")
+    for file in ("attention", "experts", "linear"):
+        monkeypatch.setattr(sys.modules[f"fourfold.ops.cpu.{file}"], "HALF", False)
+    test_twin_equals_reference("cpu", name, size, torch.bfloat16, "contiguous")
 
 
 @pytest.mark.parametrize("tokens", [3, LONG + 5])

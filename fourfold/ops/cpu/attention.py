@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
-from fourfold.ops.cpu.linear import product
+from fourfold.ops.cpu.linear import HALF, product
 from fourfold.ops.cpu.threads import team
 from fourfold.ops.reference.norm import at_least_float32
 
@@ -38,6 +38,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, si
         way = _Native if compiled else _Attention
         out: Tensor = way.apply(q, k, v, visible, scale, sinks)  # type: ignore[no-untyped-call]
         return out
+    if half and not learns and not HALF:
+        return attention(q.float(), k.float(), v.float(), visible, scale, sinks).to(q.dtype)
     if sinks is not None:  # the fused kernel knows no sink
         return reference.attention(q, k, v, visible, scale, sinks)
     narrow, width = v.shape[-1], q.shape[-1]

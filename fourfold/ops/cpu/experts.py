@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
-from fourfold.ops.cpu.linear import product
+from fourfold.ops.cpu.linear import HALF, product
 from fourfold.ops.cpu.threads import team
 
 COMPILED = 256  # (token, expert) pairs of decoding: more are worth matrix products
@@ -131,7 +131,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _plain(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b.T
+    return a @ b.T if HALF or a.dtype != torch.bfloat16 else (a.float() @ b.float().T).bfloat16()
 
 
 def _swiglu(hidden: Tensor, limit: float) -> Tensor:

@@ -16,16 +16,19 @@ from torch.autograd.function import once_differentiable
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
 from fourfold.ops.cpu.threads import team
-from fourfold.ops.reference.norm import at_least_float32, compute_dtype
+from fourfold.ops.reference.norm import at_least_float32, compute_dtype, multiplies_bfloat16
 
 TILE = 32  # numbers of a row that the matrix unit takes at once
 LONG = 256  # rows from which it pays: each new shape costs oneDNN a fraction of a millisecond
 FEW = 8  # rows: a weight is then read at the speed of memory, and what torch does around it takes as long
 ONEDNN = torch.backends.mkldnn.is_available()
+HALF = multiplies_bfloat16(torch.device("cpu"))  # else bfloat16 is multiplied as float32
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b^T``. a: [m, k]; b: [n, k], of any strides. Returns [m, n]."""
+    if a.dtype == torch.bfloat16 and not HALF:
+        return product(a.float(), b.float()).bfloat16()
     if a.dtype == torch.float32 and ONEDNN:
         if b.stride() not in ((b.shape[1], 1), (1, b.shape[0])):
             b = b.contiguous()  # oneDNN has no kernel for others, and takes a thousand times as long without one
@@ -71,6 +74,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`fourfold.ops.reference.linear`."""
     if x.numel() <= FEW * x.shape[-1] and (library := _compiled(x, weight, bias)):
         return _few_rows(library, x, weight).to(x.dtype)
+    if x.dtype == weight.dtype == compute_dtype(x) == torch.bfloat16 and not HALF:
+        return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     single = x.dtype == weight.dtype == compute_dtype(x) == torch.float32
     if not single or x.numel() < LONG * x.shape[-1]:
         return reference.linear(x, weight, bias)

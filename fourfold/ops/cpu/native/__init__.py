@@ -7,6 +7,8 @@ import logging
 import os
 from functools import cache
 
+import torch
+
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -49,13 +51,15 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built, or from other sources than these."""
+    """The compiled kernels for this processor, or None where they were not built, or from other sources than these."""
     from fourfold.ops.cpu.native import build  # here, so that it can also be run as a program
 
-    if not build.LIBRARY.exists():
+    level = torch.backends.cpu.get_cpu_capability()
+    path = build.library(level if level in build.LEVELS else "DEFAULT")
+    if not path.exists():
         return None
     try:
-        loaded = ctypes.CDLL(str(build.LIBRARY))
+        loaded = ctypes.CDLL(str(path))
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments

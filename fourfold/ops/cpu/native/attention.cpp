@@ -1,19 +1,20 @@
 // Softmax attention of many queries and its gradient, without ever holding the probabilities of all of them.
 //
 // A block of queries of one head reads only the keys that some of them see. Every product is one small kernel: A with
-// any strides, broadcast, times B packed in panels of 16 columns. The backward pass computes the probabilities again.
+// any strides, broadcast, times B packed in panels of LANES columns. The backward pass computes the probabilities again.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "clones.h"
 #include "lanes.h"
 #include "team.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 64, ROWS = 8;  // queries of a block; rows of A that share the loads of B
+constexpr int64_t BLOCK = 64;  // queries
+// Rows of A that share the loads of B, and panels of B: their sums stay in the registers that there are
+constexpr int64_t ROWS = LANES == 16 ? 8 : 4, PANELS = LANES == 16 ? 2 : 3;
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -26,28 +27,28 @@ struct Head {
     float* row(int64_t i) const { return data + i * stride; }
 };
 
-// c[m][n] = sum_k a(m, k) b(k, n) for ROWS rows and PANELS panels
-template <int PANELS>
+// c[m][n] = sum_k a(m, k) b(k, n) for ROWS rows and COUNT panels
+template <int COUNT>
 INLINE void tile(const float* a, int64_t row, int64_t column, const float* b, int64_t depth, float* c, int64_t width) {
-    Lanes sums[ROWS][PANELS] = {};
+    Lanes sums[ROWS][COUNT] = {};
     for (int64_t k = 0; k < depth; k++) {
-        Lanes some[PANELS];
-        for (int p = 0; p < PANELS; p++) some[p] = load(b + (p * depth + k) * LANES);
+        Lanes some[COUNT];
+        for (int p = 0; p < COUNT; p++) some[p] = load(b + (p * depth + k) * LANES);
         for (int r = 0; r < ROWS; r++)
-            for (int p = 0; p < PANELS; p++) sums[r][p] += a[r * row + k * column] * some[p];
+            for (int p = 0; p < COUNT; p++) sums[r][p] += a[r * row + k * column] * some[p];
     }
     for (int r = 0; r < ROWS; r++)
-        for (int p = 0; p < PANELS; p++) store(c + r * width + p * LANES, sums[r][p]);
+        for (int p = 0; p < COUNT; p++) store(c + r * width + p * LANES, sums[r][p]);
 }
 
 // c [rows, columns] of row length `width` = A B; rows a multiple of ROWS, columns of LANES
-CLONES void multiply(const float* a, int64_t row, int64_t column, const float* b, int64_t rows, int64_t columns,
+void multiply(const float* a, int64_t row, int64_t column, const float* b, int64_t rows, int64_t columns,
                      int64_t depth, float* c, int64_t width) {
     int64_t n = 0;
-    for (; n + 2 * LANES <= columns; n += 2 * LANES)
+    for (; n + PANELS * LANES <= columns; n += PANELS * LANES)
         for (int64_t m = 0; m < rows; m += ROWS)
-            tile<2>(a + m * row, row, column, b + n * depth, depth, c + m * width + n, width);
-    if (n < columns)
+            tile<PANELS>(a + m * row, row, column, b + n * depth, depth, c + m * width + n, width);
+    for (; n < columns; n += LANES)
         for (int64_t m = 0; m < rows; m += ROWS)
             tile<1>(a + m * row, row, column, b + n * depth, depth, c + m * width + n, width);
 }
@@ -87,7 +88,7 @@ void copy_rows(const Head& x, const Block& block, std::vector<float>& to) {
 }
 
 // Which keys the block sees, and which query sees which of them
-CLONES void look(Block& block, const uint8_t* visible, int64_t row, int64_t first, int64_t queries, int64_t keys) {
+void look(Block& block, const uint8_t* visible, int64_t row, int64_t first, int64_t queries, int64_t keys) {
     const int64_t count = std::min(BLOCK, queries - first);
     block.first = first, block.count = count, block.rows = up_to(count, ROWS);
     block.any.assign(keys, 0), block.keys.resize(keys);
@@ -121,14 +122,13 @@ Block& scratch() {
 }
 
 INLINE IntLanes is_seen(const uint8_t* from) {
-    typedef int8_t ByteLanes __attribute__((vector_size(16)));
     ByteLanes bytes;
     std::memcpy(&bytes, from, sizeof bytes);
     return __builtin_convertvector(bytes, IntLanes) != 0;
 }
 
 // scores become probabilities; returns the logarithm of what they were divided by
-CLONES float softmax(float* scores, const uint8_t* seen, int64_t columns, float scale, const float* sink) {
+float softmax(float* scores, const uint8_t* seen, int64_t columns, float scale, const float* sink) {
     constexpr float LEAST = -std::numeric_limits<float>::max();
     Lanes most = Lanes{} + LEAST;
     for (int64_t c = 0; c < columns; c += LANES) {
@@ -153,7 +153,7 @@ CLONES float softmax(float* scores, const uint8_t* seen, int64_t columns, float 
 }
 
 // scores become probabilities, and the gradients of these the gradients of the products q . k
-CLONES void softmax_gradient(float* scores, float* gradient, const uint8_t* seen, int64_t columns, float scale,
+void softmax_gradient(float* scores, float* gradient, const uint8_t* seen, int64_t columns, float scale,
                              float log, float inner) {
     for (int64_t c = 0; c < columns; c += LANES) {
         const Lanes p = is_seen(seen + c) ? exponential(load(scores + c) * scale - log) : Lanes{};
@@ -162,7 +162,7 @@ CLONES void softmax_gradient(float* scores, float* gradient, const uint8_t* seen
     }
 }
 
-CLONES float dot(const float* a, const float* b, int64_t n) {
+float dot(const float* a, const float* b, int64_t n) {
     Lanes sums = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) sums += load(a + i) * load(b + i);

@@ -8,6 +8,10 @@
 
 #include "matrix.h"
 
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t CHUNK = 64;  // scores that are offered at a time

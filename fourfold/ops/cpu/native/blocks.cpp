@@ -4,7 +4,6 @@
 #include <bit>
 #include <cstring>
 
-#include "clones.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -172,7 +171,7 @@ Kernel kernel(int bits) {
 }
 
 // Codes of 32 numbers, rounded to nearest; their sum, and the scale. Bits of magnitudes are ordered like the numbers.
-CLONES void quantise_group(const float* x, int8_t* codes, float* scale, int32_t* sum) {
+void quantise_group(const float* x, int8_t* codes, float* scale, int32_t* sum) {
     int32_t top = 0, total = 0;
     for (int k = 0; k < GROUP; k++) top = std::max(top, std::bit_cast<int32_t>(x[k]) & 0x7fffffff);
     const float most = std::bit_cast<float>(top), inverse = most > 0 ? 127.f / most : 0.f;

@@ -5,7 +5,6 @@
 #include <numeric>
 #include <vector>
 
-#include "clones.h"
 #include "kernels.h"
 #include "products.h"
 #include "shared_kv.h"

@@ -4,7 +4,6 @@
 #include <numeric>
 #include <vector>
 
-#include "clones.h"
 #include "lanes.h"
 #include "team.h"
 
@@ -24,8 +23,8 @@ template <class T> INLINE float dot(const T* w, const float* x, int64_t n) {
     return total;
 }
 
-CLONES void dots(const float* w, const float* x, int64_t n, float* out) { *out = dot(w, x, n); }
-CLONES void dots(const uint16_t* w, const float* x, int64_t n, float* out) { *out = dot(w, x, n); }
+void dots(const float* w, const float* x, int64_t n, float* out) { *out = dot(w, x, n); }
+void dots(const uint16_t* w, const float* x, int64_t n, float* out) { *out = dot(w, x, n); }
 
 // gate_up: [E, 2 width, d]; down: [E, d, width]; a token adds its experts in the order of their numbers
 template <class T>

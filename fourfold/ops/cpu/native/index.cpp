@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "best.h"
-#include "clones.h"
 #include "index_matrix.h"
 #include "kernels.h"
 #include "rows.h"
@@ -75,7 +74,7 @@ template <class T> INLINE void lay_out_as(const Rows& rows, int64_t b, int64_t f
 }
 
 // Rows first .. first + n - 1 of sequence b, n <= CHUNK, as floats with a lane per row: to[i][s], i < width
-CLONES void lay_out(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
+void lay_out(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
     switch (rows.format) {
         case FLOAT32: return lay_out_as<float>(rows, b, first, n, to);
         case BFLOAT16: return lay_out_as<uint16_t>(rows, b, first, n, to);
@@ -84,7 +83,7 @@ CLONES void lay_out(const Rows& rows, int64_t b, int64_t first, int64_t n, float
     }
 }
 
-// total += weight[h] relu(q[h] . k) for HEADS heads and sixteen keys
+// total += weight[h] relu(q[h] . k) for HEADS heads and LANES keys
 template <int HEADS> INLINE Lanes add_heads(const float* q, const float* weight, int64_t width, const float* k, Lanes total) {
     Lanes dot[HEADS] = {};
     for (int64_t i = 0; i < width; i++) {
@@ -97,7 +96,7 @@ template <int HEADS> INLINE Lanes add_heads(const float* q, const float* weight,
 
 // out[s] = sum_h weight[h] relu(q[h] . k[s]) for keys as laid out above; heads are added up in their order, so a
 // score never depends on what else is scored
-CLONES void score_keys(const float* q, const float* weight, int64_t heads, int64_t width, const float* k, int64_t n, float* out) {
+void score_keys(const float* q, const float* weight, int64_t heads, int64_t width, const float* k, int64_t n, float* out) {
     for (int64_t s = 0; s < n; s += LANES) {
         Lanes total = {};
         int64_t h = 0;

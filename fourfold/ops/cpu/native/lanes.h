@@ -1,4 +1,5 @@
-// Sixteen floats at a time, in whatever registers the function around it is compiled for (see clones.h).
+// As many floats at a time as a register of the processor that is compiled for holds (see build.py). Wider vectors than
+// that the compiler keeps in memory, at a tenth of the speed.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +7,27 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t IntLanes __attribute__((vector_size(64)));
-typedef uint32_t WordLanes __attribute__((vector_size(64)));
-typedef uint16_t HalfLanes __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t WordLanes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * LANES)));
+typedef int16_t ShortLanes __attribute__((vector_size(2 * LANES)));
+typedef int8_t ByteLanes __attribute__((vector_size(LANES)));
+
+// 0, 1, 2, ...
+INLINE IntLanes counted() {
+    IntLanes lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane;
+}
 
 INLINE Lanes load(const float* x) {
     Lanes v;
@@ -34,7 +51,7 @@ INLINE float number(uint16_t bfloat16) {
     return x;
 }
 
-// Rounded to bfloat16, the `some` of sixteen that there is room for
+// Rounded to bfloat16, the `some` that there is room for
 INLINE void store_some(uint16_t* to, Lanes v, int64_t some) {
     const WordLanes bits = (WordLanes)v;
     const HalfLanes half = __builtin_convertvector((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, HalfLanes);
@@ -44,9 +61,7 @@ INLINE void store_some(uint16_t* to, Lanes v, int64_t some) {
 INLINE void store_some(float* to, Lanes v, int64_t some) { std::memcpy(to, &v, some >= LANES ? sizeof v : some * 4); }
 
 INLINE float sum(Lanes v) {
-    v += __builtin_shuffle(v, IntLanes{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    v += __builtin_shuffle(v, IntLanes{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    v += __builtin_shuffle(v, IntLanes{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    for (int d = LANES / 2; d > 1; d /= 2) v += __builtin_shuffle(v, counted() ^ d);
     return v[0] + v[1];
 }
 
@@ -71,14 +86,14 @@ INLINE Lanes exponential(Lanes x) {
 
 // Lane j: low[j] + low[j + d], or, where j has bit d, high[j - d] + high[j]
 INLINE Lanes fold(Lanes low, Lanes high, int d) {
-    const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, odd = (lane & d) != 0;
+    const IntLanes lane = counted(), odd = (lane & d) != 0;
     return __builtin_shuffle(low, high, odd ? lane - d + LANES : lane) +
            __builtin_shuffle(low, high, odd ? lane + LANES : lane + d);
 }
 
 // tile[i][j] becomes tile[j][i]: of each two rows d apart, two squares of side d change places
 INLINE void transpose(Lanes tile[LANES]) {
-    const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const IntLanes lane = counted();
 #pragma GCC unroll 4
     for (int d = 1; d < LANES; d *= 2) {
         const IntLanes odd = (lane & d) != 0;

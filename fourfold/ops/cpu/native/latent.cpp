@@ -7,19 +7,18 @@
 #include <cmath>
 #include <vector>
 
-#include "clones.h"
 #include "rows.h"
 #include "team.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 128;  // keys
-constexpr int KEYS = 16, FOUR = 4;  // keys in a tile; heads, keys or vectors that share a load
+constexpr int KEYS = LANES, FOUR = 4;  // keys in a tile; heads, keys or vectors that share a load
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // to[0 .. width - 1] = the numbers of a part of a row times its scale
-CLONES void widen(const void* part, int format, float scale, int64_t width, float* to) {
+void widen(const void* part, int format, float scale, int64_t width, float* to) {
     switch (format) {
         case FLOAT32: std::memcpy(to, part, width * sizeof(float)); return;
         case BFLOAT16: return widen_as(static_cast<const uint16_t*>(part), 1.f, width, to);
@@ -29,7 +28,7 @@ CLONES void widen(const void* part, int format, float scale, int64_t width, floa
 }
 
 // score[h][s] = q[h] . k[s]; heads a multiple of 4, keys [KEYS, width], width a multiple of LANES
-CLONES void tile_scores(const float* q, const float* k, int64_t heads, int64_t width, float* score) {
+void tile_scores(const float* q, const float* k, int64_t heads, int64_t width, float* score) {
     for (int64_t h = 0; h < heads; h += FOUR)
         for (int s = 0; s < KEYS; s += FOUR) {
             Lanes dot[FOUR][FOUR] = {};
@@ -47,7 +46,7 @@ CLONES void tile_scores(const float* q, const float* k, int64_t heads, int64_t w
 }
 
 // The softmax goes on: scores become weights relative to the largest so far, and what was gathered shrinks with it
-CLONES void tile_softmax(float* score, int there, int64_t heads, int64_t latent, float* most, float* total, float* out) {
+void tile_softmax(float* score, int there, int64_t heads, int64_t latent, float* most, float* total, float* out) {
     for (int64_t h = 0; h < heads; h++) {
         float* s = score + h * KEYS;
         for (int i = there; i < KEYS; i++) s[i] = -INFINITY;
@@ -84,7 +83,7 @@ INLINE void gather_columns(const float* weight, const float* k, int64_t heads, i
     }
 }
 
-CLONES void tile_gather(const float* weight, const float* k, int64_t heads, int64_t width, int64_t latent, float* out) {
+void tile_gather(const float* weight, const float* k, int64_t heads, int64_t width, int64_t latent, float* out) {
     int64_t i = 0;
     for (; i + FOUR * LANES <= latent; i += FOUR * LANES)
         gather_columns<FOUR>(weight, k + i, heads, width, latent, out + i);
@@ -116,12 +115,12 @@ template <class T> INLINE void unfold_rows(const T* w, const float* x, int64_t n
     }
 }
 
-CLONES void fold(const void* w, bool half, int64_t first, const float* q, int64_t n, int64_t latent, float* out) {
+void fold(const void* w, bool half, int64_t first, const float* q, int64_t n, int64_t latent, float* out) {
     if (half) fold_rows(static_cast<const uint16_t*>(w) + first * latent, q, n, latent, out);
     else fold_rows(static_cast<const float*>(w) + first * latent, q, n, latent, out);
 }
 
-CLONES void unfold(const void* w, bool half, int64_t first, const float* x, int64_t n, int64_t latent, float* out) {
+void unfold(const void* w, bool half, int64_t first, const float* x, int64_t n, int64_t latent, float* out) {
     if (half) unfold_rows(static_cast<const uint16_t*>(w) + first * latent, x, n, latent, out);
     else unfold_rows(static_cast<const float*>(w) + first * latent, x, n, latent, out);
 }

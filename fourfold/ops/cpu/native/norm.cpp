@@ -2,12 +2,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "clones.h"
 #include "rows.h"
 #include "team.h"
 
 // x, out: float [rows, d]; weight: float [d] or null; residual: float [rows, d] or null, becomes residual + x
-extern "C" CLONES void ff_rms_norm(const float* x, float* residual, const float* weight, float* out, int64_t rows,
+extern "C" void ff_rms_norm(const float* x, float* residual, const float* weight, float* out, int64_t rows,
                                    int64_t d, float eps) {
     for (int64_t row = 0; row < rows; row++) {
         const float* from = x + row * d;
@@ -38,7 +37,7 @@ namespace {
 
 constexpr int64_t WORTH_A_PART = 1 << 14;  // numbers
 
-CLONES void normalise(const uint16_t* from, const float* weight, uint16_t* to, int64_t d, float eps) {
+void normalise(const uint16_t* from, const float* weight, uint16_t* to, int64_t d, float eps) {
     Lanes squares = {};
     for (int64_t i = 0; i < d; i += LANES) {
         const Lanes v = load_some(from + i, d - i);

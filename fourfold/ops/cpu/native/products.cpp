@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "clones.h"
 #include "lanes.h"
 #include "team.h"
 
@@ -56,8 +55,8 @@ INLINE void split_pairs(const float* x, int64_t columns, float* to) {
     int64_t i = 0;
     for (; i + 2 * LANES <= columns; i += 2 * LANES) {
         const Lanes a = load(x + i), b = load(x + i + LANES);
-        store(to + i, __builtin_shuffle(a, b, IntLanes{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}));
-        store(to + i + LANES, __builtin_shuffle(a, b, IntLanes{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}));
+        store(to + i, __builtin_shuffle(a, b, 2 * counted()));
+        store(to + i + LANES, __builtin_shuffle(a, b, 2 * counted() + 1));
     }
     for (; i < columns; i++) to[i] = x[i];
 }
@@ -74,7 +73,7 @@ INLINE void product(const T* w, int64_t first, int64_t last, int64_t columns, co
 
 }  // namespace
 
-CLONES void product_rows(Array w, int64_t first, int64_t last, int64_t columns, const float* x, int64_t tokens,
+void product_rows(Array w, int64_t first, int64_t last, int64_t columns, const float* x, int64_t tokens,
                          int64_t x_step, float* y, int64_t y_step) {
     if (w.half) {
         static thread_local std::vector<float> kept;
@@ -84,7 +83,7 @@ CLONES void product_rows(Array w, int64_t first, int64_t last, int64_t columns, 
     } else product(static_cast<const float*>(w.at), first, last, columns, x, tokens, x_step, y, y_step);
 }
 
-CLONES void widen(Array from, int64_t n, float* to) {
+void widen(Array from, int64_t n, float* to) {
     if (!from.half) {
         std::memcpy(to, from.at, n * sizeof(float));
         return;
@@ -93,7 +92,7 @@ CLONES void widen(Array from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; i++) to[i] = number(numbers[i]);
 }
 
-CLONES void round_half(float* x, int64_t n) {
+void round_half(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits;
         std::memcpy(&bits, x + i, 4);

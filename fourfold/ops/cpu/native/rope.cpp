@@ -1,7 +1,6 @@
 // Rotary embedding: of a few rows in float32, of any number in bfloat16.
 #include <algorithm>
 
-#include "clones.h"
 #include "lanes.h"
 #include "team.h"
 
@@ -28,11 +27,11 @@ INLINE void turn_one(const T* from, const float* c, const float* s, T* to, int64
     }
 }
 
-CLONES void turn(const float* from, const float* c, const float* s, float* to, int64_t still, int64_t half,
+void turn(const float* from, const float* c, const float* s, float* to, int64_t still, int64_t half,
                  bool interleaved) {
     turn_one(from, c, s, to, still, half, interleaved);
 }
-CLONES void turn(const uint16_t* from, const float* c, const float* s, uint16_t* to, int64_t still, int64_t half,
+void turn(const uint16_t* from, const float* c, const float* s, uint16_t* to, int64_t still, int64_t half,
                  bool interleaved) {
     turn_one(from, c, s, to, still, half, interleaved);
 }

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "clones.h"
 #include "team.h"
 
 namespace {
@@ -30,7 +29,6 @@ INLINE IntLanes code_fp8(Lanes x) {
 }
 
 // Codes of a part and its scale. Returns whether all numbers are finite and not too large.
-CLONES
 bool encode_part(const float* x, int64_t width, int format, float* scale, uint8_t* codes) {
     Lanes tops = {};
     IntLanes bad = {};
@@ -52,7 +50,7 @@ bool encode_part(const float* x, int64_t width, int format, float* scale, uint8_
     return fine;
 }
 
-CLONES void decode_part(const char* codes, int64_t width, int format, float scale, float* to) {
+void decode_part(const char* codes, int64_t width, int format, float scale, float* to) {
     if (format == INT8) widen_as(reinterpret_cast<const int8_t*>(codes), scale, width, to);
     else widen_as(reinterpret_cast<const Fp8*>(codes), scale, width, to);
 }

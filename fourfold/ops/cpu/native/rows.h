@@ -11,9 +11,6 @@ struct Fp8 {
     uint8_t bits;  // e4m3 without its NaN
 };
 
-typedef int8_t ByteLanes __attribute__((vector_size(16)));
-typedef int16_t ShortLanes __attribute__((vector_size(32)));
-
 INLINE int64_t item_bytes(int format) { return format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1; }
 INLINE int64_t scale_bytes(int format, int parts) { return format >= INT8 ? 4 * parts : 0; }
 
@@ -58,7 +55,7 @@ INLINE float number(Fp8 x) {
     return value;
 }
 
-// Sixteen numbers, or the `some` that there are and zeros
+// As many numbers as there are lanes, or the `some` that there are and zeros
 template <class T> INLINE Lanes load_some(const T* x, int64_t some) {
     if (some >= LANES) return load(x);
     Lanes v = {};

@@ -1,12 +1,11 @@
 // Keys come in chunks of fixed size, each with a softmax of its own, so that the result does not depend on the number
-// of threads or on other sequences. A tile of sixteen keys meets all heads while it is in the nearest cache.
+// of threads or on other sequences. A tile of keys meets all heads while it is in the nearest cache.
 #include "shared_kv.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "clones.h"
 #include "lanes.h"
 #include "team.h"
 
@@ -17,7 +16,7 @@ constexpr int64_t CHUNK = 128, KEYS = LANES, EIGHT = 8, FOUR = 4;  // keys; keys
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // to[i][s] = rows[s][i] for KEYS rows; width a multiple of LANES
-CLONES void lay_columns(const float* const* rows, int64_t width, float* to) {
+void lay_columns(const float* const* rows, int64_t width, float* to) {
     for (int64_t i = 0; i < width; i += LANES) {
         Lanes tile[LANES];
         for (int s = 0; s < LANES; s++) tile[s] = load(rows[s] + i);
@@ -27,7 +26,7 @@ CLONES void lay_columns(const float* const* rows, int64_t width, float* to) {
 }
 
 // score[h][s] = q[h] . k[s]; heads a multiple of EIGHT
-CLONES void tile_scores(const float* q, const float* columns, int64_t heads, int64_t width, float* score) {
+void tile_scores(const float* q, const float* columns, int64_t heads, int64_t width, float* score) {
     for (int64_t h = 0; h < heads; h += EIGHT) {
         Lanes dot[EIGHT] = {};
         for (int64_t i = 0; i < width; i++) {
@@ -39,7 +38,7 @@ CLONES void tile_scores(const float* q, const float* columns, int64_t heads, int
 }
 
 // Scores become weights relative to the largest so far, and what was gathered shrinks with it
-CLONES void tile_softmax(float* score, int64_t there, int64_t heads, int64_t width, float* most, float* total, float* out) {
+void tile_softmax(float* score, int64_t there, int64_t heads, int64_t width, float* most, float* total, float* out) {
     for (int64_t h = 0; h < heads; h++) {
         float* s = score + h * KEYS;
         for (int64_t i = there; i < KEYS; i++) s[i] = -INFINITY;
@@ -76,7 +75,7 @@ INLINE void gather_columns(const float* weight, const float* const* rows, int64_
 }
 
 // out[h] += sum_s weight[h][s] rows[s]
-CLONES void tile_gather(const float* weight, const float* const* rows, int64_t heads, int64_t width, float* out) {
+void tile_gather(const float* weight, const float* const* rows, int64_t heads, int64_t width, float* out) {
     int64_t i = 0;
     for (; i + FOUR * LANES <= width; i += FOUR * LANES) gather_columns<FOUR>(weight, rows, i, heads, width, out);
     for (; i < width; i += LANES) gather_columns<1>(weight, rows, i, heads, width, out);

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "clones.h"
 #include "kernels.h"
 #include "rows.h"
 #include "team.h"
@@ -21,8 +20,8 @@ template <class T> INLINE float dot_as(const T* a, const T* b, int64_t n) {
     for (; i < n; i++) total += number(a[i]) * number(b[i]);
     return total;
 }
-CLONES float dot(const float* a, const float* b, int64_t n) { return dot_as(a, b, n); }
-CLONES float dot(const uint16_t* a, const uint16_t* b, int64_t n) { return dot_as(a, b, n); }
+float dot(const float* a, const float* b, int64_t n) { return dot_as(a, b, n); }
+float dot(const uint16_t* a, const uint16_t* b, int64_t n) { return dot_as(a, b, n); }
 
 template <class T> float inverse_norm(const T* x, int64_t width, float eps) {
     return 1.f / std::sqrt(dot(x, x, width) / float(width) + eps);
@@ -60,7 +59,7 @@ constexpr Sinkhorn by_streams[MOST] = {sinkhorn<1>, sinkhorn<2>, sinkhorn<3>, si
                                        sinkhorn<5>, sinkhorn<6>, sinkhorn<7>, sinkhorn<8>};
 
 // The maps of a token, of what its streams are multiplied to
-CLONES void maps_of(const float* base, const float* scale, const float* mixed, int n, float inverse, int iterations,
+void maps_of(const float* base, const float* scale, const float* mixed, int n, float inverse, int iterations,
                     float eps, float* pre, float* post, float* comb) {
     const auto hidden = [&](int k, int part) { return mixed[k] * inverse * scale[part] + base[k]; };
     for (int k = 0; k < n; k++) pre[k] = sigmoid(hidden(k, 0)) + eps;
@@ -76,8 +75,8 @@ template <class T> INLINE void read_as(const T* x, const float* pre, int n, int6
         store_some(out + i, total, d - i);
     }
 }
-CLONES void read_one(const float* x, const float* pre, int n, int64_t d, float* out) { read_as(x, pre, n, d, out); }
-CLONES void read_one(const uint16_t* x, const float* pre, int n, int64_t d, uint16_t* out) { read_as(x, pre, n, d, out); }
+void read_one(const float* x, const float* pre, int n, int64_t d, float* out) { read_as(x, pre, n, d, out); }
+void read_one(const uint16_t* x, const float* pre, int n, int64_t d, uint16_t* out) { read_as(x, pre, n, d, out); }
 
 template <int N, class T>
 INLINE void mix_streams(const T* x, const T* y, const float* post, const float* comb, int64_t d, T* out) {
@@ -105,10 +104,10 @@ INLINE void mix_as(const T* x, const T* y, const float* post, const float* comb,
         default: return mix_streams<MOST>(x, y, post, comb, d, out);
     }
 }
-CLONES void mix_one(const float* x, const float* y, const float* post, const float* comb, int n, int64_t d, float* out) {
+void mix_one(const float* x, const float* y, const float* post, const float* comb, int n, int64_t d, float* out) {
     mix_as(x, y, post, comb, n, d, out);
 }
-CLONES void mix_one(const uint16_t* x, const uint16_t* y, const float* post, const float* comb, int n, int64_t d,
+void mix_one(const uint16_t* x, const uint16_t* y, const float* post, const float* comb, int n, int64_t d,
                     uint16_t* out) {
     mix_as(x, y, post, comb, n, d, out);
 }
