@@ -71,7 +71,7 @@ def test_run_as_a_program():
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="runs the narrower kernels by itself")
 def test_the_kernels_of_narrower_processors_pass_the_same_tests():
     """Torch takes the level from the environment, and so do the kernels."""
-    files = ["native", "rows", "twins"]
+    files = ["rows", "twins"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"]
     where = Path(__file__).parent
     done = subprocess.run(

@@ -17,7 +17,8 @@ namespace {
 
 // Queries that share keys, CHUNK of them laid out at a time: few where each of them keeps many blocks
 constexpr int64_t TILE = 128, TWO_LEVEL_TILE = 32, SMALLEST_TILE = 16;
-constexpr int EIGHT = 8;      // heads that share a load of the keys
+constexpr int FOUR = 4, TWO = 2;  // heads that share a load of the keys; vectors of keys that share one of a query
+static_assert(CHUNK % (TWO * LANES) == 0);
 constexpr size_t AHEAD = 6;   // blocks that are fetched from memory while others are scored
 
 // Rows of all pages, each of `width` numbers; row s of sequence b lies in page pages[b][s / per_page]. page_stride: in
@@ -28,6 +29,7 @@ struct Rows {
     const int64_t* pages;
     int64_t n_pages, page_stride, per_page, width;
 
+    int64_t left(int64_t s) const { return per_page - s % per_page; }  // of its page from row s on
     // Rows of a page follow each other
     const char* row(int64_t b, int64_t s) const {
         return static_cast<const char*>(data) + pages[b * n_pages + s / per_page] * page_stride * item_bytes(format) +
@@ -38,7 +40,7 @@ struct Rows {
 // Rows first .. first + n - 1, of one page, will be read soon
 INLINE void expect(const Rows& rows, int64_t b, int64_t first, int64_t n) {
     for (int64_t s = first, some; s < first + n; s += some) {
-        some = std::min(first + n - s, rows.per_page - s % rows.per_page);
+        some = std::min(first + n - s, rows.left(s));
         const char* from = rows.row(b, s);
         const int64_t bytes = some * row_bytes(rows.format, rows.width, 1);
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
@@ -47,12 +49,14 @@ INLINE void expect(const Rows& rows, int64_t b, int64_t first, int64_t n) {
 
 // As lay_out, of codes or numbers T
 template <class T> INLINE void lay_out_as(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
+    const int64_t size = row_bytes(rows.format, rows.width, 1);
     for (int64_t s = 0; s < n; s += LANES) {
         const int64_t there = std::min<int64_t>(LANES, n - s);
         const T* from[LANES];
         float scale[LANES];
-        for (int64_t j = 0; j < there; j++) {
-            const char* row = rows.row(b, first + s + j);
+        const char* row = rows.row(b, first + s);
+        for (int64_t j = 0, left = rows.left(first + s); j < there; j++, row += size, left--) {
+            if (!left) row = rows.row(b, first + s + j), left = rows.per_page;
             scale[j] = scale_of(row, rows.format, 0);
             from[j] = reinterpret_cast<const T*>(row + scale_bytes(rows.format, 1));
         }
@@ -83,27 +87,28 @@ void lay_out(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
     }
 }
 
-// total += weight[h] relu(q[h] . k) for HEADS heads and LANES keys
-template <int HEADS> INLINE Lanes add_heads(const float* q, const float* weight, int64_t width, const float* k, Lanes total) {
-    Lanes dot[HEADS] = {};
+// totals[v] += weight[h] relu(q[h] . k) for HEADS heads and TWO times LANES keys
+template <int HEADS> INLINE void add_heads(const float* q, const float* weight, int64_t width, const float* k, Lanes* totals) {
+    Lanes dot[HEADS][TWO] = {};
     for (int64_t i = 0; i < width; i++) {
-        const Lanes key = load(k + i * CHUNK);
-        for (int h = 0; h < HEADS; h++) dot[h] += q[h * width + i] * key;
+        Lanes key[TWO];
+        for (int v = 0; v < TWO; v++) key[v] = load(k + i * CHUNK + v * LANES);
+        for (int h = 0; h < HEADS; h++)
+            for (int v = 0; v < TWO; v++) dot[h][v] += q[h * width + i] * key[v];
     }
-    for (int h = 0; h < HEADS; h++) total += weight[h] * (dot[h] > 0.f ? dot[h] : Lanes{});
-    return total;
+    for (int h = 0; h < HEADS; h++)
+        for (int v = 0; v < TWO; v++) totals[v] += weight[h] * (dot[h][v] > 0.f ? dot[h][v] : Lanes{});
 }
 
-// out[s] = sum_h weight[h] relu(q[h] . k[s]) for keys as laid out above; heads are added up in their order, so a
-// score never depends on what else is scored
+// out[s] = sum_h weight[h] relu(q[h] . k[s]) for keys as laid out above, n of them filled up; heads are added up in their
+// order, so a score never depends on what else is scored
 void score_keys(const float* q, const float* weight, int64_t heads, int64_t width, const float* k, int64_t n, float* out) {
-    for (int64_t s = 0; s < n; s += LANES) {
-        Lanes total = {};
+    for (int64_t s = 0; s < n; s += TWO * LANES) {
+        Lanes totals[TWO] = {};
         int64_t h = 0;
-        for (; h + EIGHT <= heads; h += EIGHT)
-            total = add_heads<EIGHT>(q + h * width, weight + h, width, k + s, total);
-        for (; h < heads; h++) total = add_heads<1>(q + h * width, weight + h, width, k + s, total);
-        store(out + s, total);
+        for (; h + FOUR <= heads; h += FOUR) add_heads<FOUR>(q + h * width, weight + h, width, k + s, totals);
+        for (; h < heads; h++) add_heads<1>(q + h * width, weight + h, width, k + s, totals);
+        for (int v = 0; v < TWO; v++) store(out + s + v * LANES, totals[v]);
     }
 }
 
