@@ -204,7 +204,8 @@ def two_level_loss(
     The divergence is from the peaks of the attention alone, of keys and of whole blocks, and each positive score of
     a key that gets less than the mean has a price (which does not grow with the crowd: a short sequence stretched far
     would silence all scores). Blocks have none: only their order counts, and a price would teach to score nothing at
-    all. A query whose next token is not learnt needs nothing.
+    all. A query whose next token is not learnt needs nothing. The few that are learnt count as much as all together, in
+    their price too: what they score needlessly takes the places of the newest keys once the sequence is long.
 
     target, scores: [B, L, S]; blocks: [B, L, S // size], scores of summaries; visible: bool [B, L, S]; crowd: as of
     :func:`index_loss`; learnt: bool [B, L].
@@ -223,7 +224,7 @@ def two_level_loss(
         mass = mass.sum(-1).masked_fill(~whole, 0)
         share = shares(mass, whole)
         wrong = wrong + mass.sum(-1) * divergence(share, stand_for_skipped(blocks, share, whole, crowd), whole)
-    return (weight * wrong + IDLE_PRICE * idle).sum()
+    return (weight * wrong + IDLE_PRICE * idle * torch.where(learnt, weight, 1.0)).sum()
 
 
 def shares(target: Tensor, keys: Tensor) -> Tensor:

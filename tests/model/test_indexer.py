@@ -329,7 +329,7 @@ def test_shared_positions():
 
 def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
     """Of keys and of blocks that a query sees wholly: divergence from the peaks of the attention, weighted by what
-    falls there and by whether the query is learnt; and a price for each positive score of less than the mean."""
+    falls there, and a price for each positive score of less than the mean; both count more where the query is learnt."""
     torch.manual_seed(0)
     queries, size, count = 40, 4, 10
     target = (3 * torch.randn(2, queries, 41)).exp()
@@ -341,18 +341,18 @@ def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
     crowd, learnt = 1 + 9 * torch.rand(2, queries), torch.rand(2, queries) < 0.4
     loss = two_level_loss(target, scores, blocks, visible, crowd, learnt)
 
-    def level(mass: dict[int, float], row: torch.Tensor, often: float, priced: bool) -> torch.Tensor:
+    def level(mass: dict[int, float], row: torch.Tensor, often: float, price: float) -> torch.Tensor:
         total = sum(mass.values())
         share = {i: m / total if total else 0.0 for i, m in mass.items()}
         minor = {i: share[i] * len(mass) < 1 for i in mass}
-        row = [x.relu() if priced and minor.get(i) else x for i, x in enumerate(row)]
+        row = [x.relu() if price and minor.get(i) else x for i, x in enumerate(row)]
         norm = sum((row[i].exp() * (often if minor[i] else 1) for i in mass), torch.zeros(()))
         wrong = torch.zeros(())
         for i, p in share.items():
             if p:
                 wrong = wrong + p * (torch.tensor(p / (often if minor[i] else 1)).log() - row[i] + norm.log())
-        idle = sum((row[i] for i in mass if minor[i]), torch.zeros(())) if priced else 0.0
-        return total * wrong / learnt.float().mean() + IDLE_PRICE * idle
+        idle = sum((row[i] for i in mass if minor[i]), torch.zeros(())) if price else 0.0
+        return total * wrong / learnt.float().mean() + price * idle
 
     wanted, dropped = torch.zeros(()), 0
     for b in range(2):
@@ -363,10 +363,11 @@ def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
             dropped += sum(p > 0 for p in part.values()) - sum(p > 0 for p in peaks.values())
             peaks = {i: p / (sum(peaks.values()) or 1) for i, p in peaks.items()}
             whole = [i for i in range(count) if all(size * i + j in peaks for j in range(size))]
-            wanted = wanted + level(peaks, scores[b, t], float(crowd[b, t]), True)
+            price = IDLE_PRICE / float(learnt.float().mean()) if learnt[b, t] else IDLE_PRICE
+            wanted = wanted + level(peaks, scores[b, t], float(crowd[b, t]), price)
             if whole:
                 mass = {i: sum(peaks[size * i + j] for j in range(size)) for i in whole}
-                wanted = wanted + level(mass, blocks[b, t], float(crowd[b, t]), False)
+                wanted = wanted + level(mass, blocks[b, t], float(crowd[b, t]), 0.0)
     assert dropped > 50
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-3)
     for grad in torch.autograd.grad(loss, [scores, blocks]):
