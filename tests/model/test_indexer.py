@@ -329,7 +329,7 @@ def test_shared_positions():
 
 def test_two_levels_learn_the_peaks_and_pay_for_the_rest_by_loops():
     """Of keys and of blocks that a query sees wholly: divergence from the peaks of the attention, weighted by what
-    falls there, and a price for each positive score of less than the mean; both count more where the query is learnt."""
+    falls there, and a price for each positive score of less than the mean; a learnt query counts more in both."""
     torch.manual_seed(0)
     queries, size, count = 40, 4, 10
     target = (3 * torch.randn(2, queries, 41)).exp()
