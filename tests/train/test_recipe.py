@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourfold.data.stream import SourceSpec
 from fourfold.fields import ConfigError
@@ -186,3 +187,12 @@ def test_recipes_that_are_shipped_are_valid(path: Path) -> None:
     got = Recipe.load(path, overrides)
     assert got.config().num_hidden_layers > 0
     assert got.phases[-1].indexer != "warmup"  # a checkpoint attends as its last step did
+
+
+def test_autocast_is_the_processors_choice_unless_the_recipe_says(monkeypatch):
+    cpu = torch.device("cpu")
+    for has in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert made().in_bf16(cpu) == (has and torch.backends.mkldnn.is_available())
+        assert made(bf16=True).in_bf16(cpu) and not made(bf16=False).in_bf16(cpu)
+    assert made().in_bf16(torch.device("cuda"))
