@@ -43,7 +43,7 @@ INLINE void tile(const float* a, int64_t row, int64_t column, const float* b, in
 
 // c [rows, columns] of row length `width` = A B; rows a multiple of ROWS, columns of LANES
 void multiply(const float* a, int64_t row, int64_t column, const float* b, int64_t rows, int64_t columns,
-                     int64_t depth, float* c, int64_t width) {
+              int64_t depth, float* c, int64_t width) {
     int64_t n = 0;
     for (; n + PANELS * LANES <= columns; n += PANELS * LANES)
         for (int64_t m = 0; m < rows; m += ROWS)
@@ -154,7 +154,7 @@ float softmax(float* scores, const uint8_t* seen, int64_t columns, float scale, 
 
 // scores become probabilities, and the gradients of these the gradients of the products q . k
 void softmax_gradient(float* scores, float* gradient, const uint8_t* seen, int64_t columns, float scale,
-                             float log, float inner) {
+                      float log, float inner) {
     for (int64_t c = 0; c < columns; c += LANES) {
         const Lanes p = is_seen(seen + c) ? exponential(load(scores + c) * scale - log) : Lanes{};
         store(gradient + c, p * (load(gradient + c) - inner) * scale);

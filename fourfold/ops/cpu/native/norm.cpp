@@ -7,7 +7,7 @@
 
 // x, out: float [rows, d]; weight: float [d] or null; residual: float [rows, d] or null, becomes residual + x
 extern "C" void ff_rms_norm(const float* x, float* residual, const float* weight, float* out, int64_t rows,
-                                   int64_t d, float eps) {
+                            int64_t d, float eps) {
     for (int64_t row = 0; row < rows; row++) {
         const float* from = x + row * d;
         float* to = out + row * d;

@@ -74,7 +74,7 @@ INLINE void product(const T* w, int64_t first, int64_t last, int64_t columns, co
 }  // namespace
 
 void product_rows(Array w, int64_t first, int64_t last, int64_t columns, const float* x, int64_t tokens,
-                         int64_t x_step, float* y, int64_t y_step) {
+                  int64_t x_step, float* y, int64_t y_step) {
     if (w.half) {
         static thread_local std::vector<float> kept;
         kept.resize(tokens * columns);

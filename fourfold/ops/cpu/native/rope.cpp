@@ -28,11 +28,11 @@ INLINE void turn_one(const T* from, const float* c, const float* s, T* to, int64
 }
 
 void turn(const float* from, const float* c, const float* s, float* to, int64_t still, int64_t half,
-                 bool interleaved) {
+          bool interleaved) {
     turn_one(from, c, s, to, still, half, interleaved);
 }
 void turn(const uint16_t* from, const float* c, const float* s, uint16_t* to, int64_t still, int64_t half,
-                 bool interleaved) {
+          bool interleaved) {
     turn_one(from, c, s, to, still, half, interleaved);
 }
 

@@ -60,7 +60,7 @@ constexpr Sinkhorn by_streams[MOST] = {sinkhorn<1>, sinkhorn<2>, sinkhorn<3>, si
 
 // The maps of a token, of what its streams are multiplied to
 void maps_of(const float* base, const float* scale, const float* mixed, int n, float inverse, int iterations,
-                    float eps, float* pre, float* post, float* comb) {
+             float eps, float* pre, float* post, float* comb) {
     const auto hidden = [&](int k, int part) { return mixed[k] * inverse * scale[part] + base[k]; };
     for (int k = 0; k < n; k++) pre[k] = sigmoid(hidden(k, 0)) + eps;
     for (int k = 0; k < n; k++) post[k] = 2 * sigmoid(hidden(n + k, 1));
@@ -108,7 +108,7 @@ void mix_one(const float* x, const float* y, const float* post, const float* com
     mix_as(x, y, post, comb, n, d, out);
 }
 void mix_one(const uint16_t* x, const uint16_t* y, const float* post, const float* comb, int n, int64_t d,
-                    uint16_t* out) {
+             uint16_t* out) {
     mix_as(x, y, post, comb, n, d, out);
 }
 
