@@ -5,6 +5,7 @@ Where nobody learns they are compiled: those of few tokens, and those in bfloat1
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.ops import reference
 from fourfold.ops.cpu import native
-from fourfold.ops.cpu.linear import HALF, product
+from fourfold.ops.cpu.linear import ONEDNN, product
 from fourfold.ops.cpu.threads import team
 
 COMPILED = 256  # (token, expert) pairs of decoding: more are worth matrix products
@@ -95,7 +96,7 @@ class _Experts(torch.autograd.Function):
         (tokens, per_token), d = indices.shape, x.shape[1]
         many = indices.numel() >= 2 * STEP * len(gate_up)  # else the filling would be the larger part
         place, rows, total = places(indices, len(gate_up), STEP if many else 1)
-        multiply = product if many else _plain
+        multiply = partial(product, onednn=ONEDNN and many)
         sorted_x = x.new_zeros(total, d)
         sorted_x[place] = x.repeat_interleave(per_token, dim=0)
         hidden, y = x.new_empty(total, gate_up.shape[1]), x.new_empty(total, d)
@@ -128,10 +129,6 @@ class _Experts(torch.autograd.Function):
             dx[start:stop] = multiply(dhidden[start:stop], gate_up[e].T)
             dgate_up[e] = multiply(dhidden[start:stop].T, sorted_x[start:stop].T)
         return dx[place].unflatten(0, (-1, per_token)).sum(1), None, dweights, dgate_up, ddown, None
-
-
-def _plain(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b.T if HALF or a.dtype != torch.bfloat16 else (a.float() @ b.float().T).bfloat16()
 
 
 def _swiglu(hidden: Tensor, limit: float) -> Tensor:

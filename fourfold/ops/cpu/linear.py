@@ -25,11 +25,11 @@ ONEDNN = torch.backends.mkldnn.is_available()
 HALF = multiplies_bfloat16(torch.device("cpu"))  # else bfloat16 is multiplied as float32
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T``. a: [m, k]; b: [n, k], of any strides. Returns [m, n]."""
+def product(a: Tensor, b: Tensor, onednn: bool = ONEDNN) -> Tensor:
+    """``a b^T``, by oneDNN or as torch would. a: [m, k]; b: [n, k], of any strides. Returns [m, n]."""
     if a.dtype == torch.bfloat16 and not HALF:
-        return product(a.float(), b.float()).bfloat16()
-    if a.dtype == torch.float32 and ONEDNN:
+        return product(a.float(), b.float(), onednn).bfloat16()
+    if a.dtype == torch.float32 and onednn:
         if b.stride() not in ((b.shape[1], 1), (1, b.shape[0])):
             b = b.contiguous()  # oneDNN has no kernel for others, and takes a thousand times as long without one
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
