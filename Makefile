@@ -27,7 +27,7 @@ serve: $(VENV)/.base ## API and playground on HOST:PORT (127.0.0.1:8000) with MO
 test: $(VENV)/.dev ## ruff, the floors contract, the tests; floors 0-3 must be covered to COVERAGE percent
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	@$(BIN)/python -m slipcover --dont-wrap-pytest --fail-under $(COVERAGE) -m pytest
 
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
