@@ -205,7 +205,7 @@ def two_level_loss(
     a key that gets less than the mean has a price (which does not grow with the crowd: a short sequence stretched far
     would silence all scores). Blocks have none: only their order counts, and a price would teach to score nothing at
     all. A query whose next token is not learnt needs nothing. The few that are learnt count as much as all together, in
-    their price too: what they score needlessly takes the places of the newest keys once the sequence is long.
+    their price too: the longer the sequence, the more keys there are that they could score needlessly.
 
     target, scores: [B, L, S]; blocks: [B, L, S // size], scores of summaries; visible: bool [B, L, S]; crowd: as of
     :func:`index_loss`; learnt: bool [B, L].

@@ -72,7 +72,7 @@ def test_run_as_a_program():
 def test_the_kernels_of_narrower_processors_pass_the_same_tests():
     """Torch takes the level from the environment, and so do the kernels."""
     files = ["rows", "twins"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     where = Path(__file__).parent
     done = subprocess.run(
         [*command, *(str(where / f"test_{name}.py") for name in files)],
